@@ -1,6 +1,5 @@
 """Named configurations. Sizes follow the papers where published; see docs/design.md. Needs no torch."""
 
-import dataclasses
 import re
 
 from wm_graph.config import ModelConfig
@@ -21,7 +20,8 @@ def _cheems(size: str, cdmoe: bool) -> ModelConfig:
     (d_model, d_ff, n_layer, heads, vocab, tied), (n_expert, n_retrieval, n_pick, d_retrieval) = _SIZES[size]
     feed_forward = "cdmoe" if cdmoe else "mlp"
     mixers = ["dynamic_mask_attention" if index % 8 == 7 else "ssd" for index in range(n_layer)]
-    config = ModelConfig(
+    retrieval = {"n_expert": n_expert, "n_retrieval_head": n_retrieval, "n_pick": n_pick, "d_retrieval": d_retrieval}
+    return ModelConfig(
         name=f"cheems-{size}" + ("-moe" if cdmoe and size != "demo" else ""),
         vocab_size=vocab,
         d_model=d_model,
@@ -36,10 +36,8 @@ def _cheems(size: str, cdmoe: bool) -> ModelConfig:
         ssd_group=heads,
         learned_residual=True,
         tie_embeddings=tied,
+        **(retrieval if cdmoe else {}),
     )
-    if not cdmoe:
-        return config
-    return dataclasses.replace(config, n_expert=n_expert, n_retrieval_head=n_retrieval, n_pick=n_pick, d_retrieval=d_retrieval)
 
 
 def _llama(size: str) -> ModelConfig:
