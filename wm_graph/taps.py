@@ -1,0 +1,69 @@
+"""Taps: stable names for every op output of a forward pass, and replay of recorded choices.
+
+Names are `layers.<i>.<op>.<output>`; a second call of the same op in a layer is `layers.<i>.<op>.1.<output>`. The exporter gives the same
+names to the values of the ONNX graph, so that any two runtimes can be compared value by value.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+# Output names of each op, in order: what taps and ONNX values are called.
+OP_OUTPUTS: dict[str, tuple[str, ...]] = {
+    "rope_angles": ("cos", "sin"),
+    "rope": ("y",),
+    "residual_rms_norm": ("normed", "sum"),
+    "ssd_scan": ("y", "state"),
+    "ssd_scan_rope": ("y", "state"),
+    "attention": ("out", "k", "v"),
+    "keep_window_attention": ("out", "k", "v", "score", "slot_position"),
+    "product_key_topk": ("weight", "expert"),
+    "expert_mix": ("y",),
+}
+
+
+class TapNames:
+    """Gives the names of op calls, in execution order."""
+
+    def __init__(self) -> None:
+        self._calls: dict[str, int] = {}
+
+    def next(self, scope: str, op: str) -> str:
+        """The prefix for the next call of `op` in `scope` (`layers.3`, or empty for the model itself)."""
+        base = f"{scope}.{op}" if scope else op
+        count = self._calls.get(base, 0)
+        self._calls[base] = count + 1
+        return base if count == 0 else f"{base}.{count}"
+
+
+class Taps:
+    """Records op outputs of one `forward`, and can force the choices of selecting ops.
+
+    Args:
+        replay: tap name -> choices made by another runtime: `*.product_key_topk.expert` indices [B, T, R, k]. The op's weights
+            are then those of the given choices.
+    """
+
+    def __init__(self, replay: Mapping[str, Tensor] | None = None) -> None:
+        self.values: dict[str, Tensor] = {}
+        self.replay = dict(replay or {})
+        self._names = TapNames()
+
+    def record(self, scope: str, op: str, outputs: Sequence[Tensor]) -> None:
+        """Keep the outputs of one op call under their names."""
+        prefix = self._names.next(scope, op)
+        for name, value in zip(OP_OUTPUTS[op], outputs, strict=False):
+            self.values[f"{prefix}.{name}"] = value.clone()
+
+    def choose_experts(self, scope: str, query_BTR2d: Tensor, keys_RJ2d: Tensor, made: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The op's own choice `made` = (weight, expert), or the replayed experts with the weights this model gives them."""
+        name = f"{scope}.product_key_topk.expert"
+        if name not in self.replay:
+            return made
+        expert_BTRk = self.replay[name].to(made[1])
+        n_subkey = keys_RJ2d.shape[1]
+        score_BTRpJ = torch.einsum("btrpd,rjpd->btrpj", query_BTR2d, keys_RJ2d)
+        half_x = score_BTRpJ[..., 0, :].gather(-1, expert_BTRk // n_subkey)
+        half_y = score_BTRpJ[..., 1, :].gather(-1, expert_BTRk % n_subkey)
+        return torch.softmax(half_x + half_y, -1).to(made[0]), expert_BTRk
