@@ -1,0 +1,29 @@
+"""Checks that several commands make before any work starts."""
+
+from pathlib import Path
+
+from wm_graph.errors import CheckpointError, ConfigError
+
+
+def refuse_existing(folder: Path) -> None:
+    """Refuse an output folder that holds something, before minutes are spent on filling it.
+
+    Raises:
+        CheckpointError: it exists and is not an empty folder.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: already exists and is not an empty folder; name a new folder")
+
+
+def split_names(text: str, known: tuple[str, ...], what: str) -> list[str]:
+    """A comma-separated list of distinct known names.
+
+    Raises:
+        ConfigError: a name is unknown or there is none.
+    """
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise ConfigError(f"no {what} named; choose from {', '.join(known)}")
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"unknown {what} {unknown[0]!r}; choose from {', '.join(known)}")
+    return names

@@ -1,0 +1,59 @@
+"""`wm export`."""
+
+from pathlib import Path
+from typing import Literal
+
+import typer
+
+from wm_graph.cli.checks import refuse_existing, split_names
+from wm_graph.cli.console import human_bytes, print_fields, progress_bar
+from wm_graph.errors import ConfigError
+
+TARGETS = ("onnx",)
+
+
+def command(
+    checkpoint: Path | None = typer.Argument(None, help="The checkpoint folder."),
+    output: Path | None = typer.Option(None, "-o", "--output", help="The new bundle."),
+    into: Path | None = typer.Option(None, "--into", help="A bundle to which the targets are added, from its own weights."),
+    targets: str = typer.Option("onnx", help=f"What to make, separated by commas: {', '.join(TARGETS)}."),
+    dtype: Literal["fp32", "fp16"] | None = typer.Option(None, help="Dtype of a new bundle.  [default: fp32]"),
+) -> None:
+    """Make a bundle of a checkpoint: ONNX files, weights, tokenizer, golden data."""
+    names = split_names(targets, TARGETS, "target")
+    if (output is None) == (into is None):
+        raise ConfigError("give either -o BUNDLE for a new bundle or --into BUNDLE for one that exists")
+    if into is not None:
+        if checkpoint is not None or dtype is not None:
+            raise ConfigError("--into takes weights and dtype from the bundle; leave out the checkpoint folder and --dtype")
+        with progress_bar() as progress:
+            from wm_export import export_into
+
+            export_into(into, targets=names, progress=progress)
+        _show(into)
+        return
+    if checkpoint is None:
+        raise ConfigError("name the checkpoint folder: wm export DIR -o BUNDLE; `wm init` or `wm import` makes one")
+    assert output is not None
+    export_checkpoint(checkpoint, output, names, dtype or "fp32")
+    _show(output)
+
+
+def export_checkpoint(checkpoint: Path, output: Path, targets: list[str], dtype: str) -> None:
+    """Export under a progress bar, after checks that need no torch."""
+    from wm_graph.errors import CheckpointError
+
+    refuse_existing(output)
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"{checkpoint}: no such checkpoint folder; `wm init` or `wm import` makes one")
+    with progress_bar() as progress:
+        progress("loading torch", 0.0)
+        from wm_export import export_bundle
+
+        export_bundle(checkpoint, output, targets=targets, dtype=dtype, progress=progress)
+
+
+def _show(bundle: Path) -> None:
+    print(f"{bundle}:")
+    print_fields({f"  {file.name}": human_bytes(file.stat().st_size) for file in sorted(bundle.iterdir())})
+    print(f"next: wm check {bundle}, wm generate {bundle} --prompt TEXT")
