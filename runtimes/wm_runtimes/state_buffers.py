@@ -1,0 +1,82 @@
+"""The decode state as preallocated numpy buffers, batch on axis 0, so that a range of rows is a view.
+
+bfloat16, which numpy lacks, is held as uint16 bit patterns.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from wm_graph.errors import CapacityError
+from wm_runtimes.bundle import StateLeaf
+
+Array = np.ndarray[Any, np.dtype[Any]]
+_STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int64": np.int64}
+_BFLOAT16_MINUS_INF = 0xFF80
+
+
+class StateBuffers:
+    """Every leaf but `position`, which sessions track themselves.
+
+    Attributes:
+        batch: rows.
+        arrays: leaf name -> buffer; the buffers keep their addresses for the life of this object.
+        bindings: whatever a runtime wants to remember about these buffers; it dies with them.
+    """
+
+    def __init__(self, leaves: Sequence[StateLeaf], batch: int, capacity: int, keep_window: int) -> None:
+        self.leaves = tuple(leaf for leaf in leaves if leaf.name != "position")
+        self.batch = batch
+        self.bindings: dict[Any, Any] = {}
+        try:
+            self.arrays = {leaf.name: _allocate(leaf, leaf.concrete_shape(batch, capacity, keep_window)) for leaf in self.leaves}
+        except (MemoryError, ValueError) as error:
+            raise CapacityError(
+                f"no memory for the state of batch {batch}, capacity {capacity}; use a smaller batch or capacity"
+            ) from error
+
+    def reset(self, row: int) -> None:
+        """Empty one row."""
+        for leaf in self.leaves:
+            self.arrays[leaf.name][row] = _reset_value(leaf)
+
+    def permute(self, rows: Array) -> None:
+        """Row i becomes what row rows[i] was."""
+        for array in self.arrays.values():
+            array[...] = array[rows]
+
+    def gather(self, source: "StateBuffers", rows: Array) -> None:
+        """Fill these buffers with the given rows of `source`."""
+        for name, array in self.arrays.items():
+            np.take(source.arrays[name], rows, axis=0, out=array)
+
+    def scatter(self, target: "StateBuffers", rows: Array) -> None:
+        """Write these buffers to the given rows of `target`."""
+        for name, array in self.arrays.items():
+            target.arrays[name][rows] = array
+
+    def copy(self) -> dict[str, Array]:
+        """A copy of every buffer."""
+        return {name: array.copy() for name, array in self.arrays.items()}
+
+    def fill(self, arrays: dict[str, Array]) -> None:
+        """Overwrite every buffer; names, shapes and dtypes must be those of `copy`."""
+        for name, array in self.arrays.items():
+            array[...] = arrays[name]
+
+
+def _reset_value(leaf: StateLeaf) -> float:
+    if leaf.dtype == "bfloat16":
+        # Only 0 and -inf are ever reset values of float leaves.
+        return _BFLOAT16_MINUS_INF if leaf.reset == -math.inf else 0
+    return leaf.reset
+
+
+def _allocate(leaf: StateLeaf, shape: tuple[int, ...]) -> Array:
+    value = _reset_value(leaf)
+    if value == 0:
+        # Zero pages are mapped on first use: a large capacity costs no memory before it is filled.
+        return np.zeros(shape, _STORAGE[leaf.dtype])
+    return np.full(shape, value, _STORAGE[leaf.dtype])
