@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import wm_kernels as ops
 from torch import Tensor
+from wm_kernels.keep_window_attention.definition import keep_window_attention_reference
 
 from wm_graph.config import ModelConfig
 from wm_graph.params import AttentionParams, CdmoeParams, DynamicMaskAttentionParams, LayerParams, MlpParams, SsdParams
@@ -186,7 +187,7 @@ def dynamic_mask_attention(
     score_BTK = score_MK.reshape(context.batch, context.tokens, cfg.n_kv_head)
     inputs = (q_BTHP, k_BTKP, v_BTKP, score_BTK)
     if state is None:
-        out_BTHP, *_ = ops.keep_window_attention(*inputs, None, None, None, None, None, context.valid_B, cfg.keep_window)
+        out_BTHP = _keep_window_attention(cfg, inputs, context, scope)
     else:
         slots = (state.k, state.v, state.score, state.slot_position, context.position_B, context.valid_B, cfg.keep_window)
         if context.in_place:
@@ -195,8 +196,19 @@ def dynamic_mask_attention(
             out_BTHP, *new = ops.keep_window_attention(*inputs, *slots)
             state = KeepWindowState(*new)
     kept = () if state is None else (state.k, state.v, state.score, state.slot_position)
+    if context.taps is not None:
+        context.taps.record_input(scope, "keep_window_attention", "score", score_BTK)
     context.tap(scope, "keep_window_attention", out_BTHP, *kept)
     return F.linear(out_BTHP.reshape(-1, cfg.n_head * cfg.head_dim), params.out), state
+
+
+def _keep_window_attention(cfg: ModelConfig, inputs: tuple[Tensor, Tensor, Tensor, Tensor], context: Context, scope: str) -> Tensor:
+    """The op without slots; where choices are replayed, its reference, which alone takes another ranking."""
+    arguments = (*inputs, None, None, None, None, None, context.valid_B, cfg.keep_window)
+    rank_BTK = None if context.taps is None else context.taps.window_rank(scope, inputs[3])
+    if rank_BTK is None:
+        return ops.keep_window_attention(*arguments)[0]
+    return keep_window_attention_reference(*arguments, rank_BTK)[0]
 
 
 def mlp(params: MlpParams | CdmoeParams, x_MD: Tensor) -> Tensor:
@@ -219,6 +231,7 @@ def cdmoe(cfg: ModelConfig, params: CdmoeParams, x_MD: Tensor, context: Context,
     query_BTR2d = query_B2.transpose(2, 3)
     weight_BTRk, expert_BTRk = ops.product_key_topk(query_BTR2d, params.keys, cfg.n_pick)
     if context.taps is not None:
+        context.taps.record_input(scope, "product_key_topk", "query", query_BTR2d)
         weight_BTRk, expert_BTRk = context.taps.choose_experts(scope, query_BTR2d, params.keys, (weight_BTRk, expert_BTRk))
     context.tap(scope, "product_key_topk", weight_BTRk, expert_BTRk)
     x_BTD = x_MD.reshape(context.batch, context.tokens, cfg.d_model)

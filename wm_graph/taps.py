@@ -4,7 +4,7 @@ Names are `layers.<i>.<op>.<output>`; a second call of the same op in a layer is
 names to the values of the ONNX graph, so that any two runtimes can be compared value by value.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -41,20 +41,36 @@ class Taps:
     """Records op outputs of one `forward`, and can force the choices of selecting ops.
 
     Args:
-        replay: tap name -> choices made by another runtime: `*.product_key_topk.expert` indices [B, T, R, k]. The op's weights
-            are then those of the given choices.
+        replay: tap name -> choices made by another runtime. `*.product_key_topk.expert` [B, T, R, k] are the experts to take, with the
+            weights that this model gives them; `*.keep_window_attention.score_in` [B, T, K] rank the keys in place of this model's
+            scores (training path only).
+        only: which names to keep; None keeps every op output. Inputs by which a choice is made are kept only if asked for here:
+            `*.product_key_topk.query_in` and `*.keep_window_attention.score_in`.
     """
 
-    def __init__(self, replay: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, replay: Mapping[str, Tensor] | None = None, only: Callable[[str], bool] | None = None) -> None:
         self.values: dict[str, Tensor] = {}
         self.replay = dict(replay or {})
+        self._only = only
         self._names = TapNames()
 
     def record(self, scope: str, op: str, outputs: Sequence[Tensor]) -> None:
         """Keep the outputs of one op call under their names."""
         prefix = self._names.next(scope, op)
-        for name, value in zip(OP_OUTPUTS[op], outputs, strict=False):
-            self.values[f"{prefix}.{name}"] = value.clone()
+        for output, value in zip(OP_OUTPUTS[op], outputs, strict=False):
+            if self._only is None or self._only(f"{prefix}.{output}"):
+                self.values[f"{prefix}.{output}"] = value.clone()
+
+    def record_input(self, scope: str, op: str, name: str, value: Tensor) -> None:
+        """Keep an input by which a selecting op chooses, if asked for."""
+        full_name = f"{scope}.{op}.{name}_in"
+        if self._only is not None and self._only(full_name):
+            self.values[full_name] = value.clone()
+
+    def window_rank(self, scope: str, score_BTK: Tensor) -> Tensor | None:
+        """The replayed scores that rank the keys of a window, in the dtype of `score_BTK`; None if there are none."""
+        rank_BTK = self.replay.get(f"{scope}.keep_window_attention.score_in")
+        return None if rank_BTK is None else rank_BTK.to(score_BTK)
 
     def choose_experts(self, scope: str, query_BTR2d: Tensor, keys_RJ2d: Tensor, made: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The op's own choice `made` = (weight, expert), or the replayed experts with the weights this model gives them."""

@@ -31,6 +31,7 @@ def keep_window_attention_reference(
     position_B: Tensor | None,
     valid_B: Tensor | None,
     window: int,
+    rank_BTK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Attend to the W best-scored keys at or before each token, and keep those of the last token.
 
@@ -52,6 +53,7 @@ def keep_window_attention_reference(
         valid_B: tokens of each row that count, int64; None is T. Later tokens leave the slots unchanged and their outputs are
             finite and without meaning.
         window: W when no slots are given; otherwise the number of slots is W and this is not read.
+        rank_BTK: ranks the keys in place of score, for an oracle that replays another runtime's choices; only without slots.
 
     Returns:
         (out_BTHP, slot_k_BKWP, slot_v_BKWP, slot_score_BKW, slot_position_BKW); slots in no particular order, empty ones zero.
@@ -69,7 +71,8 @@ def keep_window_attention_reference(
     )  # fmt: skip
     if slot_k_BKWP is None or slot_v_BKWP is None or slot_score_BKW is None or slot_position_BKW is None:
         tokens = tokens_as_slots(k_BTKP, v_BTKP, score_BTK, None)
-        order_BKT = best_first(tokens, None)[0] if q_BTHP.shape[1] > window else None
+        ranked = tokens if rank_BTK is None else tokens._replace(score_BKS=rank_BTK.transpose(1, 2))
+        order_BKT = best_first(ranked, None)[0] if q_BTHP.shape[1] > window else None
         return attend_to_best(q_BTHP, tokens, order_BKT, window), *no_slots(k_BTKP, score_BTK)
     tokens = tokens_as_slots(k_BTKP, v_BTKP, score_BTK, position_B)
     slots = Slots(slot_k_BKWP, slot_v_BKWP, slot_score_BKW, slot_position_BKW)
