@@ -1,0 +1,47 @@
+"""WmRope: rotate the first 2F of P features, half-split.
+
+    y_lo = x_lo cos - x_hi sin        y_hi = x_hi cos + x_lo sin        the rest passes through
+
+Letters: B batch, T tokens, H heads, P head dim, F rotated pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx
+
+from wm_kernels.onnx_body import Body, Flavour, Value, single
+from wm_kernels.onnx_schema import FLOAT32, FLOAT_T, size, wm_op
+
+OP_TYPE = "WmRope"
+INPUTS = [("x_BTHP", FLOAT_T), ("cos_BTF", FLOAT32), ("sin_BTF", FLOAT32)]
+OUTPUTS = [("y_BTHP", FLOAT_T)]
+_node = wm_op(OP_TYPE, INPUTS, OUTPUTS, {"head_dim": int, "num_heads": int, "pairs": int})
+
+
+def translation(x_BTHP: Any, cos_BTF: Any, sin_BTF: Any) -> Any:
+    """torch.ops.wm.rope to its node."""
+    return _node(x_BTHP, cos_BTF, sin_BTF, head_dim=size(x_BTHP, 3), num_heads=size(x_BTHP, 2), pairs=size(cos_BTF, 2))
+
+
+def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionProto:
+    """The function. Rotations of one model may differ in heads, never in head_dim or pairs."""
+    one = single(OP_TYPE, [{k: v for k, v in variant.items() if k != "num_heads"} for variant in variants])
+    g = Body(OP_TYPE, [name for name, _ in INPUTS], one["dtype"], flavour)
+    x_BTHP, cos_BTF, sin_BTF = g.all_inputs()
+    y_BTHP = rotate(g, g.f32(x_BTHP), cos_BTF, sin_BTF, one["head_dim"], one["pairs"])
+    return g.function({"y_BTHP": g.narrow(y_BTHP)})
+
+
+def rotate(g: Body, x_BTHP: Value, cos_BTF: Value, sin_BTF: Value, head_dim: int, pairs: int) -> Value:
+    """The rotation of a float32 value, also used by WmSsdScanRope."""
+    if g.ort:
+        x_BHTP = g.transpose(x_BTHP, 0, 2, 1, 3)
+        y_BHTP = g.RotaryEmbedding(x_BHTP, cos_BTF, sin_BTF, rotary_embedding_dim=2 * pairs)
+        return g.transpose(y_BHTP, 0, 2, 1, 3)
+    cos_BT1F, sin_BT1F = g.unsqueeze(cos_BTF, 2), g.unsqueeze(sin_BTF, 2)
+    sizes = [pairs, pairs, head_dim - 2 * pairs] if head_dim > 2 * pairs else [pairs, pairs]
+    low, high, *rest = g.Split(x_BTHP, sizes, axis=-1, outs=len(sizes))
+    return g.Concat(low * cos_BT1F - high * sin_BT1F, high * cos_BT1F + low * sin_BT1F, *rest, axis=-1)

@@ -1,0 +1,152 @@
+"""WmSsdScan: the state space recurrence of one call, in chunks of L tokens.
+
+    S_t = exp(dt_t A) S_(t-1) + dt_t x_t ⊗ B_t        y_t = S_t C_t        head h uses group h // (H / G); tokens t >= valid act as dt = 0
+
+With a = dt A and seg[l, s] = a_(s+1) + .. + a_l, a chunk that starts from state S gives
+
+    y_l = sum_(s<=l) exp(seg[l, s]) (C_l · B_s) dt_s x_s + exp(a_0 + .. + a_l) S C_l
+
+and the chunks' own end states are carried over by the same decay matrix, one row per chunk, so no Scan or Loop is needed.
+
+Letters: B batch, T tokens, H heads, G groups, Q = H / G, P head dim, N state, C chunks, L tokens per chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+
+from wm_kernels.onnx_body import FLOAT, Body, Flavour, Value, single
+from wm_kernels.onnx_schema import FLOAT32, FLOAT_T, INT64, size, wm_op
+
+OP_TYPE = "WmSsdScan"
+INPUTS = [
+    ("x_BTHP", FLOAT_T),
+    ("dt_BTH", FLOAT32),
+    ("A_H", FLOAT32),
+    ("B_BTGN", FLOAT_T),
+    ("C_BTGN", FLOAT_T),
+    ("state_BHPN", FLOAT32),
+    ("valid_B", INT64),
+]
+OUTPUTS = [("y_BTHP", FLOAT_T), ("next_BHPN", FLOAT32)]
+ATTRIBUTES = {"head_dim": int, "num_groups": int, "num_heads": int, "state_dim": int}
+_node = wm_op(OP_TYPE, INPUTS, OUTPUTS, ATTRIBUTES)
+
+CHUNK = 64
+
+
+def sizes(x_BTHP: Any, B_BTGN: Any) -> dict[str, int]:
+    """The static dimensions that a body needs, as node attributes."""
+    return {"head_dim": size(x_BTHP, 3), "num_groups": size(B_BTGN, 2), "num_heads": size(x_BTHP, 2), "state_dim": size(B_BTGN, 3)}
+
+
+def translation(x_BTHP: Any, dt_BTH: Any, A_H: Any, B_BTGN: Any, C_BTGN: Any, state_BHPN: Any, valid_B: Any) -> Any:
+    """torch.ops.wm.ssd_scan to its node."""
+    return _node(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHPN, valid_B, **sizes(x_BTHP, B_BTGN))
+
+
+def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionProto:
+    """The function, for one (H, G, P, N)."""
+    one = single(OP_TYPE, variants)
+    g = Body(OP_TYPE, [name for name, _ in INPUTS], one["dtype"], flavour)
+    x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHPN, valid_B = g.all_inputs()
+    y_BTHP, next_BHPN = scan(g, one, g.f32(x_BTHP), dt_BTH, A_H, g.f32(B_BTGN), g.f32(C_BTGN), state_BHPN, valid_B)
+    return g.function({"y_BTHP": g.narrow(y_BTHP), "next_BHPN": next_BHPN})
+
+
+def scan(
+    g: Body, one: dict[str, Any], x: Value, dt: Value, A_H: Value, B: Value, C: Value, state: Value, valid_B: Value
+) -> tuple[Value, Value]:
+    """The recurrence on float32 values, also used by WmSsdScanRope."""
+    T = g.dim(x, 1)
+    exists_BT1 = g.unsqueeze(g.unsqueeze(g.arange(T), 0) < g.unsqueeze(valid_B, 1), 2)
+    dt_BTH = g.Where(exists_BT1, dt, 0.0)
+    if not g.ort:
+        return _chunks(g, one, x, dt_BTH, A_H, B, C, state)
+    y, after = g.branch(
+        g.Equal(g.Squeeze(T, [0]), 1),
+        (FLOAT, FLOAT),
+        lambda: _step(g, one, x, dt_BTH, A_H, B, C, state),
+        lambda: _chunks(g, one, x, dt_BTH, A_H, B, C, state),
+    )
+    return y, after
+
+
+def _step(
+    g: Body, one: dict[str, Any], x: Value, dt: Value, A_H: Value, B: Value, C: Value, state: Value
+) -> tuple[Value, Value]:
+    """One token, with nothing padded or transposed."""
+    H, G, P, N = one["num_heads"], one["num_groups"], one["head_dim"], one["state_dim"]
+    Q = H // G
+    decay_BH11 = g.reshape(g.Exp(dt * A_H), -1, H, 1, 1)
+    dx_BGQP1 = g.reshape(x * g.unsqueeze(dt, 3), -1, G, Q, P, 1)
+    added_BGQPN = dx_BGQP1 * g.reshape(B, -1, G, 1, 1, N)
+    next_BHPN = state * decay_BH11 + g.reshape(added_BGQPN, -1, H, P, N)
+    y_BGQP1 = g.reshape(next_BHPN, -1, G, Q, P, N) @ g.reshape(C, -1, G, 1, N, 1)
+    return g.reshape(y_BGQP1, -1, 1, H, P), next_BHPN
+
+
+def _chunks(
+    g: Body, one: dict[str, Any], x: Value, dt: Value, A_H: Value, B: Value, C: Value, state: Value
+) -> tuple[Value, Value]:
+    H, G, P, N = one["num_heads"], one["num_groups"], one["head_dim"], one["state_dim"]
+    Q = H // G
+    T = g.dim(x, 1)
+    L = g.Min(T, [CHUNK])
+    count = (T + L - 1) / L
+    missing = count * L - T
+
+    def cut(v: Value, heads: tuple[int, ...], width: int) -> Value:
+        """[B, T, heads.., width] padded with zeros (dt = 0 adds nothing) -> [B, heads.., C, L, width]."""
+        n = len(heads)
+        padded = g.Pad(v, g.shape(0, missing), 0.0, [1])
+        cut = g.reshape(padded, 0, count, L, *heads, width)
+        return g.transpose(cut, 0, *range(3, 3 + n), 1, 2, 3 + n)
+
+    dt_BGQCL1 = cut(dt, (G, Q), 1)
+    x_BGQCLP = cut(x, (G, Q), P) * dt_BGQCL1
+    B_BGQCLN, C_BGQCLN = cut(B, (G, 1), N), cut(C, (G, 1), N)
+    a_BGQCL1 = dt_BGQCL1 * g.reshape(A_H, G, Q, 1, 1, 1)
+    before_CL, total_BGQC1, decay_BGQCLL = _decays(g, a_BGQCL1, L)
+
+    # Inside a chunk.
+    near_BGQCLL = (C_BGQCLN @ g.transpose(B_BGQCLN, 0, 1, 2, 3, 5, 4)) * decay_BGQCLL
+    # To the chunk's end: the last row of the decay matrix.
+    end_BGQCL1 = g.transpose(g.slice(decay_BGQCLL, -1, 2**62, 4), 0, 1, 2, 3, 5, 4)
+    made_BGQCPN = g.transpose(x_BGQCLP * end_BGQCL1, 0, 1, 2, 3, 5, 4) @ B_BGQCLN
+
+    # Over chunks: row c of `carried` is the state before chunk c, the last row the state after the call.
+    first_BH1E = g.reshape(state, 0, H, 1, P * N)
+    all_BHCE = g.Concat(first_BH1E, g.reshape(made_BGQCPN, 0, H, -1, P * N), axis=2)
+    steps_BHC1 = g.Pad(g.reshape(total_BGQC1, 0, H, -1, 1), [1, 0], 0.0, [2])
+    carry_BHCC = _segment_decay(g, steps_BHC1, count + 1)
+    carried_BHCE = carry_BHCC @ all_BHCE
+    next_BHPN = g.reshape(g.slice(carried_BHCE, -1, 2**62, 2), 0, H, P, N)
+    start_BGQCPN = g.reshape(g.slice(carried_BHCE, 0, -1, 2), 0, G, Q, count, P, N)
+
+    far_BGQCLP = (C_BGQCLN @ g.transpose(start_BGQCPN, 0, 1, 2, 3, 5, 4)) * before_CL
+    y_BGQCLP = near_BGQCLL @ x_BGQCLP + far_BGQCLP
+    y_BTHP = g.reshape(g.transpose(y_BGQCLP, 0, 3, 4, 1, 2, 5), 0, -1, H, P)
+    return g.slice(y_BTHP, 0, T, 1), next_BHPN
+
+
+def _decays(g: Body, a_BGQCL1: Value, L: Value) -> tuple[Value, Value, Value]:
+    """exp(a_0 + .. + a_l), the log decay over the chunk, and exp(seg[l, s])."""
+    cumulative_BGQCL1 = g.CumSum(a_BGQCL1, 4)
+    total_BGQC1 = g.Squeeze(g.slice(cumulative_BGQCL1, -1, 2**62, 4), [4])
+    return g.Exp(cumulative_BGQCL1), total_BGQC1, _segment_decay(g, a_BGQCL1, L)
+
+
+def _segment_decay(g: Body, a_L1: Value, L: Value) -> Value:
+    """exp(seg[l, s]) on and below the diagonal, 0 above.
+
+    The sum runs down each column from s + 1: a difference of two long sums would lose the small segments after a large one.
+    """
+    l_L = g.arange(L)
+    after_LL = g.unsqueeze(l_L, 1) > g.unsqueeze(l_L, 0)
+    seg_LL = g.CumSum(g.Where(after_LL, a_L1, 0.0), -2)
+    return g.Exp(g.Where(g.unsqueeze(l_L, 1) >= g.unsqueeze(l_L, 0), seg_LL, g.constant(np.asarray(-np.inf, np.float32))))  # type: ignore[no-any-return]
