@@ -37,6 +37,9 @@ types: .venv/.test ## mypy --strict over the four packages
 contract: .venv/.test ## the direction of imports
 	@$(BIN)/lint-imports --no-cache
 
+bench: .venv/.test ## the measurements of benchmarks/; files that start with _ are their helpers
+	@for file in benchmarks/[!_]*.py; do $(BIN)/python "$$file" $(ARGS); done
+
 check: ## what a change must pass: lint, types, contract, test
 	@.ci/run
 
