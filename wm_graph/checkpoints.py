@@ -60,6 +60,8 @@ def new_folder(directory: Path) -> Iterator[Path]:
     try:
         scratch.chmod(0o755)
         yield scratch
+        for file in scratch.iterdir():
+            file.chmod(0o644)
         if directory.exists():
             directory.rmdir()
         os.rename(scratch, directory)

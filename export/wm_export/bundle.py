@@ -1,0 +1,196 @@
+"""Bundles: everything a runtime needs in one folder, written atomically."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from safetensors.torch import save_file
+from wm_graph.checkpoints import WEIGHTS, load_checkpoint, load_tensors, new_folder, read_json
+from wm_graph.config import MAX_POSITION, ModelConfig
+from wm_graph.errors import BundleError, ExportError
+from wm_graph.params import Params, cast_params, params_from_flat, params_to_flat
+from wm_graph.shapes import LeafSpec, count_parameters, state_leaves
+from wm_graph.state import leaf_dtype
+from wm_kernels.onnx_functions import OPSET
+
+from wm_export.golden import golden_data
+from wm_export.program import export_program, next_name
+from wm_export.to_onnx import FILES, onnx_from_program
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+TARGETS = ("onnx",)
+SCHEMA = 1
+HEADER_LIMIT = 5_000_000
+_NO_TOKENS: dict[str, Any] = {"bos": None, "eos": None, "pad": None, "stop": [], "add_bos": False}
+
+Progress = Callable[[str, float], None]
+
+
+def export_bundle(
+    checkpoint: str | Path, bundle: str | Path, *, targets: Sequence[str] = TARGETS, dtype: str = "fp32", progress: Progress | None = None
+) -> None:
+    """Make a bundle from a checkpoint folder, or nothing at all.
+
+    Args:
+        checkpoint: folder with config.json and model.safetensors, and optionally tokenizer.json and generation.json.
+        bundle: the folder to make; must not exist, or be empty.
+        targets: what to make; `onnx` is both ONNX files.
+        dtype: `fp32` or `fp16`, the dtype of weights, caches and arithmetic.
+        progress: called with a stage's name and the fraction done.
+
+    Raises:
+        ExportError: an unknown target or dtype, or weights that are not finite in the export dtype.
+        CheckpointError: the checkpoint is damaged, or the bundle folder is taken.
+    """
+    tell = progress or (lambda stage, fraction: None)
+    _check_options(targets, dtype)
+    tell("reading the checkpoint", 0.0)
+    cfg, params = load_checkpoint(checkpoint)
+    params = cast_params(params, DTYPES[dtype])
+    _check_finite(cfg, params)
+    with new_folder(Path(bundle)) as scratch:
+        tell("writing weights", 0.1)
+        save_file(params_to_flat(cfg, params), scratch / WEIGHTS, metadata={"format": "pt"})
+        extra = _copy_text(Path(checkpoint), scratch)
+        tell("making golden data", 0.25)
+        save_file(golden_data(cfg, params), scratch / "golden.safetensors")
+        del params
+        tell("exporting to ONNX", 0.4)
+        _write_onnx(cfg, DTYPES[dtype], scratch)
+        tell("writing the manifest", 0.95)
+        manifest = _manifest(cfg, DTYPES[dtype], extra, scratch)
+        (scratch / "manifest.json").write_text(_manifest_text(manifest))
+    tell("done", 1.0)
+
+
+def export_into(bundle: str | Path, *, targets: Sequence[str] = TARGETS, progress: Progress | None = None) -> None:
+    """Make targets anew inside an existing bundle, from the weights it holds.
+
+    Raises:
+        BundleError: this is no bundle.
+        ExportError: an unknown target.
+    """
+    bundle = Path(bundle)
+    tell = progress or (lambda stage, fraction: None)
+    manifest_file = bundle / "manifest.json"
+    if not manifest_file.exists():
+        raise BundleError(f"{bundle}: no manifest.json; make a bundle with `wm export DIR -o BUNDLE`")
+    manifest = read_json(manifest_file)
+    names = {str(kind).removeprefix("torch."): name for name, kind in DTYPES.items()}
+    if manifest.get("schema") != SCHEMA or manifest.get("dtype") not in names:
+        raise BundleError(f"{manifest_file}: not a schema {SCHEMA} manifest of this version; export the bundle again")
+    dtype = names[manifest["dtype"]]
+    _check_options(targets, dtype)
+    cfg = ModelConfig.from_dict(manifest["config"])
+    params_from_flat(cfg, load_tensors(bundle))
+    tell("exporting to ONNX", 0.1)
+    with tempfile.TemporaryDirectory(prefix=".targets.", dir=bundle) as scratch_name:
+        scratch = Path(scratch_name)
+        os.link(bundle / WEIGHTS, scratch / WEIGHTS)
+        _write_onnx(cfg, DTYPES[dtype], scratch)
+        for name in FILES.values():
+            os.replace(scratch / name, bundle / name)
+        manifest |= {"files": _files(bundle), "versions": _versions()}
+        (scratch / "manifest.json").write_text(_manifest_text(manifest))
+        os.replace(scratch / "manifest.json", manifest_file)
+    tell("done", 1.0)
+
+
+def _check_options(targets: Sequence[str], dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ExportError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    if not targets:
+        raise ExportError(f"no target given; choose from {', '.join(TARGETS)}")
+    for target in targets:
+        if target not in TARGETS:
+            raise ExportError(f"unknown target {target!r}; choose from {', '.join(TARGETS)}")
+
+
+def _check_finite(cfg: ModelConfig, params: Params) -> None:
+    for name, tensor in params_to_flat(cfg, params).items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ExportError(f"tensor {name!r} holds NaN or infinity in {tensor.dtype}; repair the checkpoint or export in fp32")
+
+
+def _copy_text(checkpoint: Path, scratch: Path) -> dict[str, Any]:
+    """Copy the tokenizer; return what generation.json says about tokens and chat."""
+    if (checkpoint / "tokenizer.json").exists():
+        shutil.copyfile(checkpoint / "tokenizer.json", scratch / "tokenizer.json")
+    if not (checkpoint / "generation.json").exists():
+        return {"tokens": _NO_TOKENS, "chat_template": None}
+    extra = read_json(checkpoint / "generation.json")
+    return {"tokens": _NO_TOKENS | dict(extra.get("tokens") or {}), "chat_template": extra.get("chat_template")}
+
+
+def _write_onnx(cfg: ModelConfig, dtype: torch.dtype, scratch: Path) -> None:
+    program = export_program(cfg, dtype)
+    for flavour, proto in onnx_from_program(program, scratch / WEIGHTS, WEIGHTS).items():
+        data = proto.SerializeToString(deterministic=True)
+        if len(data) > HEADER_LIMIT:
+            raise ExportError(f"{FILES[flavour]}: header of {len(data)} bytes, expected at most {HEADER_LIMIT}; a weight was stored inside")
+        (scratch / FILES[flavour]).write_bytes(data)
+        try:
+            onnx.checker.check_model(str(scratch / FILES[flavour]), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise ExportError(f"{FILES[flavour]}: does not pass onnx.checker ({str(error).splitlines()[0]})") from error
+
+
+def _manifest(cfg: ModelConfig, dtype: torch.dtype, extra: dict[str, Any], folder: Path) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "name": cfg.name,
+        "config": cfg.to_dict(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "opset": OPSET,
+        "parameters": count_parameters(cfg),
+        "state": [_leaf(spec, dtype) for spec in state_leaves(cfg)],
+        "files": _files(folder),
+        "versions": _versions(),
+        "limits": {"max_position": MAX_POSITION, "vocab_size": cfg.vocab_size},
+        **extra,
+    }
+
+
+def _manifest_text(manifest: dict[str, Any]) -> str:
+    return json.dumps(manifest, indent=1, allow_nan=False) + "\n"
+
+
+def _leaf(spec: LeafSpec, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "output": next_name(spec.name),
+        "kind": spec.kind,
+        "dtype": str(leaf_dtype(spec.kind, dtype)).removeprefix("torch."),
+        "shape": list(spec.shape),
+        "reset": "-inf" if spec.reset == -math.inf else spec.reset,
+        "alias": spec.kind != "position",
+    }
+
+
+def _files(folder: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != "manifest.json")
+    return {path.name: {"sha256": _sha256(path), "size": path.stat().st_size} for path in files}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for package in ("wm-graph", "torch", "onnx", "onnxscript", "onnx-ir"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
