@@ -289,3 +289,138 @@ def walk(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     """All nodes, those of subgraphs too."""
     inner = [a.g for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
     return list(graph.node) + [node for g in inner for node in walk(g)]
+
+
+STATES = {
+    "state_BHPN": "next_BHPN",
+    "cache_k_BKSP": "next_k_BKSP",
+    "cache_v_BKSP": "next_v_BKSP",
+    "slot_k_BKWP": "next_k_BKWP",
+    "slot_v_BKWP": "next_v_BKWP",
+    "slot_score_BKW": "next_score_BKW",
+    "slot_position_BKW": "next_position_BKW",
+}
+# These write only what changes, or each element after reading it, so they may read the state while they make its successor.
+SAFE_IN_PLACE = {"ScatterElements", "GroupQueryAttention", "Add", "Mul", "Where", "If"}
+
+
+def hazards(graph: onnx.GraphProto, state: str, output: str) -> list[str]:
+    """Readers of `state` that may run after the node that makes `output` from it; a branch is judged as a graph of its own."""
+    maker = {name: node for node in graph.node for name in node.output}
+    inner = lambda node: [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]  # noqa: E731
+    reads = lambda node: {*node.input, *(n for g in inner(node) for x in walk(g) for n in x.input)}  # noqa: E731
+    before: set[str] = set()
+    todo = [output]
+    while todo:
+        node = maker.get(todo.pop())
+        if node is not None and node.name not in before:
+            before.add(node.name)
+            todo += reads(node)
+    last = maker[output]
+    found = [n.name for n in graph.node if state in reads(n) and n.op_type != "Shape" and n.name not in before]
+    if state in reads(last) and last.op_type not in SAFE_IN_PLACE:
+        found.append(last.name)
+    index = list(last.output).index(output)
+    for branch in inner(last):
+        found += hazards(branch, state, branch.output[index].name)
+    return found
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("name", [n for n in CASES if set(CASES[n](1, 1).arguments) & set(STATES)])
+def test_every_reader_of_a_state_precedes_its_writer(name: str, flavour: str) -> None:
+    case = CASES[name](1, 1)
+    graph = inline_local_functions(case.model(flavour)).graph
+    for state, after in STATES.items():
+        if state in case.arguments:
+            assert hazards(graph, state, after) == []
+
+
+def test_a_late_reader_is_found() -> None:
+    late = helper.make_node("Neg", ["s"], ["late"], name="late")
+    write = helper.make_node("ScatterElements", ["s", "i", "u"], ["next"], name="write")
+    assert hazards(helper.make_graph([write, late], "g", [], []), "s", "next") == ["late"]
+
+
+def bound_steps(run: ort.InferenceSession, cases: list[Case], alias: bool) -> list[list[np.ndarray]]:
+    """Several calls, the state of each fed to the next: through one buffer for input and output, or through fresh ones."""
+    own = ort.OrtValue.ortvalue_from_numpy  # shares the array's memory and keeps it alive
+    state = {s: own(cases[0].feeds()[s].copy()) for s in STATES if s in cases[0].arguments}
+    results = []
+    for case in cases:
+        binding = run.io_binding()
+        inputs = {name: state.get(name) or own(value) for name, value in case.feeds().items()}
+        after = state if alias else {s: own(np.zeros_like(value.numpy())) for s, value in state.items()}
+        bound = {STATES[s]: value for s, value in after.items()}
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, _ in case.module.OUTPUTS:
+            if name in bound:
+                binding.bind_ortvalue_output(name, bound[name])
+            else:
+                binding.bind_output(name)
+        run.run_with_iobinding(binding)
+        results.append([value.numpy().copy() for value in binding.get_outputs()])
+        state = after
+    return results
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("name", [n for n in CASES if set(CASES[n](1, 1).arguments) & set(STATES)])
+@pytest.mark.parametrize("half", [False, True])
+def test_one_buffer_for_state_in_and_out(name: str, flavour: str, half: bool) -> None:
+    run = session(CASES[name](1, 1).model(flavour)) if not half else session(CASES[name](1, 1, half=True).model(flavour))
+    for B in (1, 3):
+        # The capacity of the first call's cache is what the later, shorter calls leave unused.
+        cases = [CASES[name](B, T, seed=T, half=half) for T in (70, 1, 1, 5, 1)]
+        if "attention" in name:
+            for case in cases:
+                case.arguments["position_B"] = cases[0].arguments["position_B"]
+        for case, got, want in zip(cases, bound_steps(run, cases, True), bound_steps(run, cases, False), strict=True):
+            if "attention" in name:
+                # Cells past the call's end are undefined.
+                used = (case.arguments["position_B"] + case.arguments["q_BTHP"].shape[1])[:, None, None, None]
+                got[1:], want[1:] = ([np.where(np.arange(x.shape[2])[:, None] < used, x, 0) for x in xs[1:]] for xs in (got, want))
+            for g, w in zip(got, want, strict=True):
+                np.testing.assert_array_equal(g, w)
+
+
+def test_unset_cells_do_no_harm() -> None:
+    run = session(attention_case(1, 1).model("ort"))
+    case = attention_case(3, 4)
+    want = run.run(None, case.feeds())[0]
+    for b, end in enumerate(case.arguments["position_B"]):
+        for cache in ("cache_k_BKSP", "cache_v_BKSP"):
+            case.arguments[cache][b, :, end:] = np.nan
+    np.testing.assert_array_equal(run.run(None, case.feeds())[0], want)
+
+
+@pytest.mark.parametrize("change", [{"half": True}, {"H": 2}])
+def test_two_bodies_of_one_op_type_are_refused(change: dict[str, Any]) -> None:
+    model, other = attention_case(1, 1).model("portable"), attention_case(1, 1, **change).model("portable")
+    for node in other.graph.node:
+        node.name = "other"
+        node.input[:] = [f"{n}_other" for n in node.input]
+        node.output[:] = [f"{n}_other" for n in node.output]
+    for info in other.graph.input:
+        info.name += "_other"
+    model.graph.node.extend(other.graph.node)
+    model.graph.input.extend(other.graph.input)
+    del model.functions[:]
+    with pytest.raises(ValueError, match="WmAttention nodes of one model need different bodies"):
+        onnx_functions.bodies(model, "portable")
+
+
+def test_angles_of_two_tables_in_one_model() -> None:
+    cases = [rope_angles_case(2, 3, pairs=p) for p in (4, 8)]
+    nodes = [helper.make_node("WmRopeAngles", ["p"], [f"c{i}", f"s{i}"], domain="wm", name=f"n{i}", **c.attributes) for i, c in enumerate(cases)]
+    outputs = [helper.make_tensor_value_info(f"{x}{i}", 1, ["B", "T", None]) for i in (0, 1) for x in "cs"]
+    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("p", TensorProto.INT64, ["B", "T"])], outputs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23), helper.make_opsetid("wm", 1)], ir_version=10)
+    model.functions.extend(onnx_functions.bodies(model, "portable"))
+    onnx.checker.check_model(model, full_check=True)
+    feeds = {"p": cases[0].arguments["position_BT"]}
+    for run in (session(model), ReferenceEvaluator(model)):
+        got = run.run(None, feeds)
+        judge(cases[0], got[:2], 4e-6)
+        judge(cases[1], got[2:], 4e-6)

@@ -261,6 +261,16 @@ class Body:
         """0 .. n-1 for a 1-D n of one element."""
         return self.node("Range", 0, self.node("Squeeze", n, [0]), 1)  # type: ignore[no-any-return]
 
+    def pick(self, x: Value, index: Value) -> Value:
+        """x[.., index[.., m]] on the last axis of a 3- or 4-D value; all other axes of x and index are equal."""
+        if self.ort:
+            return self.node("GatherElements", x, index, axis=-1)  # type: ignore[no-any-return]
+        # A flat Gather: onnx's own evaluator has GatherElements only for axes of up to 64 elements.
+        lead, width = self.node("Shape", x, end=-1), self.node("Shape", x, start=-1)
+        rows = self.arange(self.node("ReduceProd", lead, keepdims=1)) * width
+        start = self.node("Reshape", rows, self.node("Concat", lead, [1], axis=0))
+        return self.node("Gather", self.reshape(x, -1), index + start)  # type: ignore[no-any-return]
+
     def function(self, outputs: dict[str, Value]) -> onnx.FunctionProto:
         """The finished function, its outputs under the given names, in order."""
         names = {value.name: name for name, value in outputs.items()}

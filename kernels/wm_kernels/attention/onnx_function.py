@@ -71,19 +71,27 @@ def _grouped(
 def _masked(
     g: Body, one: dict[str, Any], q: Value, k: Value, v: Value, cache_k: Value, cache_v: Value, position_B: Value
 ) -> tuple[Value, Value, Value]:
+    """In standard ops, over all cells (onnxruntime: over those in use)."""
     P, K, H = one["head_dim"], one["kv_num_heads"], one["num_heads"]
     T, S = g.dim(q, 1), g.dim(cache_k, 2)
     cell_BT = g.unsqueeze(position_B, 1) + g.unsqueeze(g.arange(T), 0)
     cell_BKTP = g.expand(g.unsqueeze(cell_BT, 1, 3), g.dim(q, 0), K, T, P)
     next_k = g.ScatterElements(cache_k, cell_BKTP, g.transpose(k, 0, 2, 1, 3), axis=2)
     next_v = g.ScatterElements(cache_v, cell_BKTP, g.transpose(v, 0, 2, 1, 3), axis=2)
+    used_k, used_v = g.f32(next_k), g.f32(next_v)
+    if g.ort:
+        S = g.ReduceMax(cell_BT, keepdims=0) + [1]
+        # GroupQueryAttention leaves cells past a row's end unset where past and present are two buffers; 0 * NaN would be NaN.
+        written_B1S1 = g.unsqueeze(g.unsqueeze(g.arange(S), 0) <= g.unsqueeze(g.ReduceMax(cell_BT, [1], keepdims=0), 1), 1, 3)
+        used_k, used_v = (g.slice(x, 0, S, 2) for x in (used_k, used_v))
+        used_v = g.Where(written_B1S1, used_v, 0.0)
     q_BKQTP = g.transpose(g.reshape(g.f32(q), 0, 0, K, H // K, P), 0, 2, 3, 1, 4)
     # All queries of a kv head are rows of one product, so the cache is not repeated.
-    logit_BKRS = (g.reshape(q_BKQTP * P**-0.5, 0, K, -1, P)) @ g.transpose(g.f32(next_k), 0, 1, 3, 2)
+    logit_BKRS = g.reshape(q_BKQTP * P**-0.5, 0, K, -1, P) @ g.transpose(used_k, 0, 1, 3, 2)
     seen_B11TS = g.arange(S) <= g.unsqueeze(cell_BT, 1, 2, 4)
     logit_BKQTS = g.reshape(logit_BKRS, 0, K, H // K, T, S)
     hidden = g.constant(np.asarray(-np.inf, np.float32))
     weight_BKQTS = g.Softmax(g.Where(seen_B11TS, logit_BKQTS, hidden), axis=-1)
-    out_BKRP = g.reshape(weight_BKQTS, 0, K, -1, S) @ g.f32(next_v)
+    out_BKRP = g.reshape(weight_BKQTS, 0, K, -1, S) @ used_v
     out_BTKQP = g.transpose(g.reshape(out_BKRP, 0, K, H // K, T, P), 0, 3, 1, 2, 4)
     return g.narrow(g.reshape(out_BTKQP, 0, 0, H, P)), next_k, next_v

@@ -194,8 +194,8 @@ class _Node:
         slot_score_BKW, slot_position_BKW = (g.slice(x, 0, self.W, 2) for x in (keys.score_BKJ, keys.position_BKJ))
         # Two stable sorts give the slots by score, then position; a slot's place in that order is its base.
         _, by_position_BKW = g.TopK(slot_position_BKW, self.W, axis=2, outs=2)
-        _, by_score_BKW = g.TopK(g.GatherElements(slot_score_BKW, by_position_BKW, axis=2), self.W, axis=2, outs=2)
-        order_BKW = g.GatherElements(by_position_BKW, by_score_BKW, axis=2)
+        _, by_score_BKW = g.TopK(g.pick(slot_score_BKW, by_position_BKW), self.W, axis=2, outs=2)
+        order_BKW = g.pick(by_position_BKW, by_score_BKW)
         place_BKW = g.Add(order_BKW * 0, g.arange(self.W))
         base_slot_BKW = g.to_f32(g.ScatterElements(order_BKW, order_BKW, place_BKW, axis=2))
         better_BKWT = g.unsqueeze(slot_score_BKW, 3) > g.unsqueeze(score_BKT, 2)
@@ -220,14 +220,13 @@ class _Node:
         g = self.g
         j_J = g.arange(J)
         order_BKJ = g.Where(kept_BKJ, j_J, j_J + g.Squeeze(J, [0]))
-        _, pick_BKW = g.TopK(order_BKJ, self.W, axis=2, largest=0, outs=2)
-        filled_BKW = g.GatherElements(g.int64(kept_BKJ), pick_BKW, axis=2) > 0
+        first_BKW, pick_BKW = g.TopK(order_BKJ, self.W, axis=2, largest=0, outs=2)
+        filled_BKW = first_BKW < J
         empty = g.constant(np.asarray(-np.inf, np.float32))
-        next_score = g.Where(filled_BKW, g.GatherElements(keys.score_BKJ, pick_BKW, axis=2), empty)
-        next_position = g.Where(filled_BKW, g.GatherElements(keys.position_BKJ, pick_BKW, axis=2), -1)
+        next_score = g.Where(filled_BKW, g.pick(keys.score_BKJ, pick_BKW), empty)
+        next_position = g.Where(filled_BKW, g.pick(keys.position_BKJ, pick_BKW), -1)
         # Whole rows by one flat index: GatherElements would need an index as large as the keys.
-        B = g.dim(pick_BKW, 0)
-        row_BK1 = g.reshape(g.arange(B * self.K), -1, self.K, 1)
+        row_BK1 = g.reshape(g.arange(g.dim(pick_BKW, 0) * self.K), -1, self.K, 1)
         flat_BKW = pick_BKW + row_BK1 * J
         next_k, next_v = (g.Gather(g.reshape(x, -1, self.P), flat_BKW) for x in (keys.k_BKJP, keys.v_BKJP))
         return next_k, next_v, next_score, next_position
