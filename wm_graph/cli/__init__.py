@@ -45,7 +45,7 @@ def _explain(error: Exception) -> int:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return _say(f"{where}{error.strerror or error}", 2)
-    if isinstance(error, ModuleNotFoundError):
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("wm_"):
         return _say(f"the Python package {error.name!r} is missing; `wm doctor` lists what to install", 3)
     import traceback
 

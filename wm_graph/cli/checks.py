@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from wm_graph.errors import CheckpointError, ConfigError
+from wm_graph.errors import CheckpointError, ConfigError, RuntimeUnavailableError
 
 
 def refuse_existing(folder: Path) -> None:
@@ -27,3 +27,30 @@ def split_names(text: str, known: tuple[str, ...], what: str) -> list[str]:
     if unknown := [name for name in names if name not in known]:
         raise ConfigError(f"unknown {what} {unknown[0]!r}; choose from {', '.join(known)}")
     return names
+
+
+def available_runtimes() -> list[str]:
+    """Every runtime that runs here.
+
+    Raises:
+        RuntimeUnavailableError: none does.
+    """
+    from wm_runtimes import RUNTIMES, availability
+
+    names = [name for name in RUNTIMES if availability(name) is None]
+    if not names:
+        raise RuntimeUnavailableError("no runtime runs here; `wm doctor` says what to install")
+    return names
+
+
+def require_runtimes(names: list[str]) -> None:
+    """Refuse runtimes that cannot run here, before anything is measured.
+
+    Raises:
+        RuntimeUnavailableError: with the reason of the first.
+    """
+    from wm_runtimes import availability
+
+    for name in names:
+        if reason := availability(name):
+            raise RuntimeUnavailableError(f"{name}: {reason}")

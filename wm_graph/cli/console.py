@@ -45,10 +45,10 @@ def human_bytes(count: int) -> str:
 
 
 def human_count(count: int) -> str:
-    """A number for people: 512, 11.6 M."""
-    for limit, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+    """A number of parameters for people: 512, 11.6 M, 1.21 B."""
+    for limit, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if count >= limit:
-            return f"{count / limit:.1f} {unit}"
+            return f"{count / limit:.{2 if unit == 'B' else 1}f} {unit}"
     return str(count)
 
 
@@ -65,3 +65,19 @@ def progress_bar() -> Iterator[Progress]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=1.0)
         yield lambda text, fraction: bar.update(task, description=text, completed=fraction)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep the remarks of torch and its exporter off the terminal; their failures are exceptions."""
+    import logging
+    import warnings
+
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -6,7 +6,7 @@ from typing import Literal
 import typer
 
 from wm_graph.cli.checks import refuse_existing, split_names
-from wm_graph.cli.console import human_bytes, print_fields, progress_bar
+from wm_graph.cli.console import human_bytes, print_fields, progress_bar, quiet_libraries
 from wm_graph.errors import ConfigError
 
 TARGETS = ("onnx",)
@@ -26,7 +26,7 @@ def command(
     if into is not None:
         if checkpoint is not None or dtype is not None:
             raise ConfigError("--into takes weights and dtype from the bundle; leave out the checkpoint folder and --dtype")
-        with progress_bar() as progress:
+        with progress_bar() as progress, quiet_libraries():
             from wm_export import export_into
 
             export_into(into, targets=names, progress=progress)
@@ -46,7 +46,7 @@ def export_checkpoint(checkpoint: Path, output: Path, targets: list[str], dtype:
     refuse_existing(output)
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint}: no such checkpoint folder; `wm init` or `wm import` makes one")
-    with progress_bar() as progress:
+    with progress_bar() as progress, quiet_libraries():
         progress("loading torch", 0.0)
         from wm_export import export_bundle
 
