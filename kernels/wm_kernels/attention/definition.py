@@ -57,7 +57,7 @@ def attention_reference(
 
 def _attend_causally(q_BTHP: Tensor, k_BTKP: Tensor, v_BTKP: Tensor) -> Tensor:
     q, k, v = q_BTHP.transpose(1, 2), k_BTKP.transpose(1, 2), v_BTKP.transpose(1, 2)
-    out_BHTP = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    out_BHTP = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=bool(q.shape[1] != k.shape[1]))
     return out_BHTP.transpose(1, 2)
 
 
