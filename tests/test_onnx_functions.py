@@ -36,7 +36,10 @@ class Case:
 
     def reference(self) -> list[np.ndarray]:
         """The reference in float64."""
-        wide = {k: None if v is None else torch.from_numpy(v.astype(np.float64) if v.dtype.kind == "f" else v) for k, v in self.feeds(True).items()}
+        wide = {
+            k: None if v is None else torch.from_numpy(v.astype(np.float64) if v.dtype.kind == "f" else v)
+            for k, v in self.feeds(True).items()
+        }
         out = getattr(torch.ops.wm, self.op).default(*wide.values(), *self.extra.values())
         return [t.numpy() for t in (out if isinstance(out, tuple) else (out,))]
 
@@ -51,9 +54,14 @@ class Case:
         present = [n if self.arguments[n] is not None else "" for n, _ in self.module.INPUTS]
         outputs = [n for n, _ in self.module.OUTPUTS]
         node = helper.make_node(self.module.OP_TYPE, present, outputs, name="node", domain="wm", **self.attributes)
-        dims = {n: [c if c in "BTSWM" else v.shape[i] for i, c in enumerate(letters(n))] for n, v in self.arguments.items() if v is not None}
+        dims = {
+            n: [c if c in "BTSWM" else v.shape[i] for i, c in enumerate(letters(n))] for n, v in self.arguments.items() if v is not None
+        }
         inputs = [helper.make_tensor_value_info(n, TYPES.get(kind, t), dims[n]) for n, kind in self.module.INPUTS if n in dims]
-        infos = [helper.make_tensor_value_info(n, TYPES.get(kind, t), [f"{n}_{i}" for i, _ in enumerate(letters(n))]) for n, kind in self.module.OUTPUTS]
+        infos = [
+            helper.make_tensor_value_info(n, TYPES.get(kind, t), [f"{n}_{i}" for i, _ in enumerate(letters(n))])
+            for n, kind in self.module.OUTPUTS
+        ]
         graph = helper.make_graph([node], "g", inputs, infos)
         opsets = [helper.make_opsetid("", 23), helper.make_opsetid("wm", 1), helper.make_opsetid("com.microsoft", 1)]
         model = helper.make_model(graph, opset_imports=opsets[: 3 if flavour == "ort" else 2], ir_version=10)
@@ -139,7 +147,16 @@ def attention_case(B: int, T: int, seed: int = 0, half: bool = False, past: int 
 
 
 def keep_window_case(
-    B: int, T: int, seed: int = 0, half: bool = False, W: int = 7, past: int | None = None, H: int = 4, K: int = 2, ties: bool = True, P: int = 8
+    B: int,
+    T: int,
+    seed: int = 0,
+    half: bool = False,
+    W: int = 7,
+    past: int | None = None,
+    H: int = 4,
+    K: int = 2,
+    ties: bool = True,
+    P: int = 8,
 ) -> Case:
     """Slots as an earlier run leaves them: some empty, in any order, of scores with many ties."""
     rng = np.random.default_rng(seed)
@@ -163,7 +180,9 @@ def keep_window_case(
         "position_B": position_B,
         "valid_B": ragged(rng, B, T),
     }
-    return Case("keep_window_attention", arguments, {"head_dim": P, "kv_num_heads": K, "num_heads": H, "window": W}, {"window": W}, half=half)
+    return Case(
+        "keep_window_attention", arguments, {"head_dim": P, "kv_num_heads": K, "num_heads": H, "window": W}, {"window": W}, half=half
+    )
 
 
 def product_key_case(B: int, T: int, seed: int = 0, half: bool = False, k: int = 4, ties: bool = True) -> Case:
@@ -235,6 +254,7 @@ CASES = {
     "attention_mha": lambda B, T, **more: attention_case(B, T, H=2, K=2, **more),
     "keep_window": keep_window_case,
     "keep_window_nothing_leaves": lambda B, T, **more: keep_window_case(B, T, W=300, past=20, **more),
+    "keep_window_from_zero": lambda B, T, **more: keep_window_case(B, T, W=100, past=0, **more),
     "keep_window_one_slot": lambda B, T, **more: keep_window_case(B, T, W=1, **more),
     "keep_window_no_ties": lambda B, T, **more: keep_window_case(B, T, W=100, ties=False, **more),
     "product_key_topk": product_key_case,
@@ -413,7 +433,9 @@ def test_two_bodies_of_one_op_type_are_refused(change: dict[str, Any]) -> None:
 
 def test_angles_of_two_tables_in_one_model() -> None:
     cases = [rope_angles_case(2, 3, pairs=p) for p in (4, 8)]
-    nodes = [helper.make_node("WmRopeAngles", ["p"], [f"c{i}", f"s{i}"], domain="wm", name=f"n{i}", **c.attributes) for i, c in enumerate(cases)]
+    nodes = [
+        helper.make_node("WmRopeAngles", ["p"], [f"c{i}", f"s{i}"], domain="wm", name=f"n{i}", **c.attributes) for i, c in enumerate(cases)
+    ]
     outputs = [helper.make_tensor_value_info(f"{x}{i}", 1, ["B", "T", None]) for i in (0, 1) for x in "cs"]
     graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("p", TensorProto.INT64, ["B", "T"])], outputs)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23), helper.make_opsetid("wm", 1)], ir_version=10)

@@ -151,7 +151,7 @@ class Body:
             "else_branch": self._subgraph(f"{name}_else", [], other, types),
         }
         result = self.node("If", condition, outs=len(types), **graphs)
-        return (result,) if len(types) == 1 else result  # type: ignore[no-any-return]
+        return (result,) if len(types) == 1 else result
 
     def each(self, count: Value, types: int, step: Callable[[Value], Value]) -> Value:
         """A Loop node without carried values: step(i) for i < count, stacked on a new axis 0."""
@@ -163,7 +163,7 @@ class Body:
 
         inputs = [helper.make_tensor_value_info(index, INT64, []), helper.make_tensor_value_info(keep, TensorProto.BOOL, [])]
         graph = self._subgraph(f"{name}_body", inputs, run, [int(TensorProto.BOOL), types])
-        return self.node("Loop", count, None, body=graph)  # type: ignore[no-any-return]
+        return self.node("Loop", count, None, body=graph)
 
     def _subgraph(
         self, name: str, inputs: list[onnx.ValueInfoProto], make: Callable[[], Sequence[Value]], types: Sequence[int]
@@ -212,64 +212,64 @@ class Body:
 
     def f32(self, x: Value) -> Value:
         """The value in float32."""
-        return x if self.dtype == FLOAT else self.node("Cast", x, to=FLOAT)  # type: ignore[no-any-return]
+        return x if self.dtype == FLOAT else self.node("Cast", x, to=FLOAT)
 
     def narrow(self, x: Value) -> Value:
         """A float32 value in the file's dtype."""
-        return x if self.dtype == FLOAT else self.node("Cast", x, to=self.dtype)  # type: ignore[no-any-return]
+        return x if self.dtype == FLOAT else self.node("Cast", x, to=self.dtype)
 
     def to_f32(self, x: Value) -> Value:
         """Integers or booleans as float32."""
-        return self.node("Cast", x, to=FLOAT)  # type: ignore[no-any-return]
+        return self.node("Cast", x, to=FLOAT)
 
     def int64(self, x: Value) -> Value:
         """The value as int64."""
-        return self.node("Cast", x, to=INT64)  # type: ignore[no-any-return]
+        return self.node("Cast", x, to=INT64)
 
     def dim(self, x: Value, axis: int) -> Value:
         """One dimension of x, a 1-D tensor of one element."""
-        return self.node("Shape", x, start=axis, end=axis + 1)  # type: ignore[no-any-return]
+        return self.node("Shape", x, start=axis, end=axis + 1)
 
     def shape(self, *parts: Value | int) -> Value:
         """A shape from 1-D pieces and integers."""
-        return self.node("Concat", *[p if isinstance(p, Value) else [p] for p in parts], axis=0)  # type: ignore[no-any-return]
+        return self.node("Concat", *[p if isinstance(p, Value) else [p] for p in parts], axis=0)
 
     def reshape(self, x: Value, *parts: Value | int) -> Value:
         """Reshape; 0 copies a dimension, -1 is what remains."""
         if all(isinstance(p, int) for p in parts):
-            return self.node("Reshape", x, parts)  # type: ignore[no-any-return]
-        return self.node("Reshape", x, self.shape(*parts))  # type: ignore[no-any-return]
+            return self.node("Reshape", x, parts)
+        return self.node("Reshape", x, self.shape(*parts))
 
     def expand(self, x: Value, *parts: Value | int) -> Value:
         """Broadcast to a shape."""
-        return self.node("Expand", x, self.shape(*parts))  # type: ignore[no-any-return]
+        return self.node("Expand", x, self.shape(*parts))
 
     def transpose(self, x: Value, *perm: int) -> Value:
         """Permute the axes."""
-        return self.node("Transpose", x, perm=list(perm))  # type: ignore[no-any-return]
+        return self.node("Transpose", x, perm=list(perm))
 
     def unsqueeze(self, x: Value, *axes: int) -> Value:
         """Insert axes of size 1."""
-        return self.node("Unsqueeze", x, axes)  # type: ignore[no-any-return]
+        return self.node("Unsqueeze", x, axes)
 
     def slice(self, x: Value, start: Any, end: Any, axis: int) -> Value:
         """x[start:end] on one axis; ends are ints or 1-D values."""
         start, end = ([e] if isinstance(e, int) else e for e in (start, end))
-        return self.node("Slice", x, start, end, [axis])  # type: ignore[no-any-return]
+        return self.node("Slice", x, start, end, [axis])
 
     def arange(self, n: Value) -> Value:
         """0 .. n-1 for a 1-D n of one element."""
-        return self.node("Range", 0, self.node("Squeeze", n, [0]), 1)  # type: ignore[no-any-return]
+        return self.node("Range", 0, self.node("Squeeze", n, [0]), 1)
 
     def pick(self, x: Value, index: Value) -> Value:
         """x[.., index[.., m]] on the last axis of a 3- or 4-D value; all other axes of x and index are equal."""
         if self.ort:
-            return self.node("GatherElements", x, index, axis=-1)  # type: ignore[no-any-return]
+            return self.node("GatherElements", x, index, axis=-1)
         # A flat Gather: onnx's own evaluator has GatherElements only for axes of up to 64 elements.
         lead, width = self.node("Shape", x, end=-1), self.node("Shape", x, start=-1)
         rows = self.arange(self.node("ReduceProd", lead, keepdims=1)) * width
         start = self.node("Reshape", rows, self.node("Concat", lead, [1], axis=0))
-        return self.node("Gather", self.reshape(x, -1), index + start)  # type: ignore[no-any-return]
+        return self.node("Gather", self.reshape(x, -1), index + start)
 
     def function(self, outputs: dict[str, Value]) -> onnx.FunctionProto:
         """The finished function, its outputs under the given names, in order."""
@@ -316,5 +316,7 @@ def single(op_type: str, variants: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for other in variants[1:]:
         differ = ", ".join(f"{k}: {first.get(k)} and {other.get(k)}" for k in sorted({*first, *other}) if first.get(k) != other.get(k))
         if differ:
-            raise ValueError(f"{op_type} nodes of one model need different bodies ({differ}); give them equal shapes, dtypes and attributes")
+            raise ValueError(
+                f"{op_type} nodes of one model need different bodies ({differ}); give them equal shapes, dtypes and attributes"
+            )
     return first

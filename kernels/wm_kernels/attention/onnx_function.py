@@ -80,7 +80,7 @@ def _masked(
     next_v = g.ScatterElements(cache_v, cell_BKTP, g.transpose(v, 0, 2, 1, 3), axis=2)
     used_k, used_v = g.f32(next_k), g.f32(next_v)
     if g.ort:
-        S = g.ReduceMax(cell_BT, keepdims=0) + [1]
+        S = g.reshape(g.ReduceMax(cell_BT, keepdims=0) + 1, 1)
         # GroupQueryAttention leaves cells past a row's end unset where past and present are two buffers; 0 * NaN would be NaN.
         written_B1S1 = g.unsqueeze(g.unsqueeze(g.arange(S), 0) <= g.unsqueeze(g.ReduceMax(cell_BT, [1], keepdims=0), 1), 1, 3)
         used_k, used_v = (g.slice(x, 0, S, 2) for x in (used_k, used_v))

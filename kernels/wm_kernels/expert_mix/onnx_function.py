@@ -21,7 +21,7 @@ OUTPUTS = [("y_BTD", FLOAT_T)]
 _node = wm_op(OP_TYPE, INPUTS, OUTPUTS, {"activation": str, "weight_inside": int, "num_picks": int, "width": int})
 
 # The onnxruntime body takes this many tokens at a time, so that the gathered rows stay in cache.
-_CHUNK = 32
+_CHUNK = 16
 
 
 def translation(x_BTD: Any, expert_BTRk: Any, weight_BTRk: Any, down_ED: Any, up_ED: Any, activation: str, weight_inside: bool) -> Any:
@@ -58,16 +58,14 @@ def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionP
     return g.function({"y_BTD": g.narrow(y_BTD)})
 
 
-def _mix(
-    g: Body, one: dict[str, Any], x_M1D: Value, expert_MA: Value, weight_M1A: Value, down_ED: Value, up_ED: Value
-) -> Value:
+def _mix(g: Body, one: dict[str, Any], x_M1D: Value, expert_MA: Value, weight_M1A: Value, down_ED: Value, up_ED: Value) -> Value:
     down_MAD = g.f32(g.Gather(down_ED, expert_MA))
     hidden_M1A = x_M1D @ g.transpose(down_MAD, 0, 2, 1)
     if one["weight_inside"]:
         hidden_M1A = _activate(g, one["activation"], hidden_M1A * weight_M1A)
     else:
         hidden_M1A = _activate(g, one["activation"], hidden_M1A) * weight_M1A
-    return hidden_M1A @ g.f32(g.Gather(up_ED, expert_MA))  # type: ignore[no-any-return]
+    return hidden_M1A @ g.f32(g.Gather(up_ED, expert_MA))
 
 
 def _activate(g: Body, activation: str, h: Value) -> Value:
@@ -89,7 +87,7 @@ def _chunked(g: Body, mix: Any, x_M1D: Value, expert_MA: Value, weight_M1A: Valu
 
         def step(i: Value) -> Value:
             start = g.Min(g.unsqueeze(i * _CHUNK, 0), last)
-            return mix(*(g.slice(v, start, start + _CHUNK, 0) for v in (x_M1D, expert_MA, weight_M1A)))  # type: ignore[no-any-return]
+            return mix(*(g.slice(v, start, start + _CHUNK, 0) for v in (x_M1D, expert_MA, weight_M1A)))
 
         count = g.Squeeze((M + (_CHUNK - 1)) / _CHUNK, [0])
         y_CL1D = g.each(count, FLOAT, step)

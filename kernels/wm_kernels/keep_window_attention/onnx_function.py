@@ -2,12 +2,12 @@
 
     out_i = softmax(q_i · k_j / sqrt(P) + score_j, j kept for i) v        rank: larger score, then later position
 
-A key's number of betters only grows, so with beats[l, j] = (new key l outranks key j)
+A key's number of betters only grows, so with rank_j its place among all keys of the call
 
-    key j is kept for query i    <=>    base_j + sum_(l <= i) beats[l, j] < W
+    key j is kept for query i    <=>    base_j + #{new l <= i: rank_l < rank_j} < W
 
-where base_j counts the slots that outrank key j: comparisons and one CumSum, no ranking per query. A new key is later than every slot, so it
-outranks a slot of equal score. An empty slot has position -1 and score -inf.
+where base_j counts the slots that outrank key j: one sort, comparisons and one CumSum, no ranking per query. An empty slot has
+position -1 and score -inf.
 
 Letters: B batch, T new tokens, H heads, K kv heads, Q = H / K, P head dim, W slots, J = W + T keys (slots first).
 """
@@ -75,11 +75,24 @@ def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionP
     g = Body(OP_TYPE, [name for name, _ in INPUTS], one["dtype"], flavour)
     node = _Node(g, one["num_heads"], one["kv_num_heads"], one["head_dim"], *g.all_inputs())
     types = (g.dtype, g.dtype, g.dtype, FLOAT, INT64)
+    values: Sequence[Value]
     if g.ort:
-        values = g.branch(g.Equal(g.Squeeze(node.T, [0]), 1), types, node.one_token, node.many_tokens)
+        values = g.branch(g.Equal(g.Squeeze(node.T, [0]), 1), types, node.one_token, lambda: _by_room(g, node, types))
     else:
         values = node.many_tokens()
     return g.function({name: value for (name, _), value in zip(OUTPUTS, values, strict=True)})
+
+
+def _by_room(g: Body, node: _Node, types: Sequence[int]) -> Sequence[Value]:
+    """Several tokens: where no key can be evicted there is nothing to rank, and empty slots need not be attended to."""
+    used = g.ReduceMax(g.ReduceSum(g.int64(node.slot_position >= 0), [2], keepdims=0), keepdims=0)
+    fits = g.Squeeze(used + node.T <= node.W, [0])
+    return g.branch(
+        fits & g.Equal(used, 0),
+        types,
+        node.into_empty_slots,
+        lambda: g.branch(fits, types, lambda: node.many_tokens(ranked=False), node.many_tokens),
+    )
 
 
 @dataclass
@@ -125,17 +138,22 @@ class _Node:
         """[B, T]: the position of each new token, -1 where it does not exist."""
         g = self.g
         t_1T = g.unsqueeze(g.arange(self.T), 0)
-        return g.Where(t_1T < g.unsqueeze(self.valid_B, 1), g.unsqueeze(self.position_B, 1) + t_1T, -1)  # type: ignore[no-any-return]
+        return g.Where(t_1T < g.unsqueeze(self.valid_B, 1), g.unsqueeze(self.position_B, 1) + t_1T, -1)
 
-    def attend(self, k_BKJP: Value, v_BKJP: Value, bias: Value, keys: Value) -> Value:
-        """Softmax attention in float32; `bias` is [B, K, 1 or T, J]."""
+    def attend(self, k_BKJP: Value, v_BKJP: Value, score_BKJ: Value, keys: Value, mask: Value | None = None) -> Value:
+        """Softmax attention in float32; `mask` is [T, J] or [B, K, T, J]."""
         g, Q = self.g, self.H // self.K
         q_BKQTP = g.transpose(g.reshape(g.f32(self.q_BTHP), 0, 0, self.K, Q, self.P), 0, 2, 3, 1, 4)
         # All queries of a kv head are rows of one product, so its keys are not repeated.
-        logit_BKRJ = g.reshape(q_BKQTP * self.P**-0.5, 0, self.K, -1, self.P) @ g.transpose(g.f32(k_BKJP), 0, 1, 3, 2)
-        logit_BKQTJ = g.reshape(logit_BKRJ, 0, self.K, Q, self.T, keys) + g.unsqueeze(bias, 2)
-        weight_BKRJ = g.reshape(g.Softmax(logit_BKQTJ, axis=-1), 0, self.K, -1, keys)
-        out_BKQTP = g.reshape(weight_BKRJ @ g.f32(v_BKJP), 0, self.K, Q, self.T, self.P)
+        q_BKRP = g.reshape(q_BKQTP * self.P**-0.5, 0, self.K, -1, self.P)
+        logit_BKRJ = q_BKRP @ g.transpose(g.f32(k_BKJP), 0, 1, 3, 2) + g.unsqueeze(g.Max(score_BKJ, _HIDDEN), 2)
+        if mask is not None:
+            mask = mask if Q == 1 else g.unsqueeze(mask, -3)
+            logit_BKQTJ = logit_BKRJ if Q == 1 else g.reshape(logit_BKRJ, 0, self.K, Q, self.T, keys)
+            logit_BKRJ = g.Where(mask, logit_BKQTJ, _HIDDEN)
+            logit_BKRJ = logit_BKRJ if Q == 1 else g.reshape(logit_BKRJ, 0, self.K, -1, keys)
+        out_BKRP = g.Softmax(logit_BKRJ, axis=-1) @ g.f32(v_BKJP)
+        out_BKQTP = g.reshape(out_BKRP, 0, self.K, Q, self.T, self.P)
         return g.narrow(g.reshape(g.transpose(out_BKQTP, 0, 3, 1, 2, 4), 0, 0, self.H, self.P))
 
     def one_token(self) -> Sequence[Value]:
@@ -156,64 +174,71 @@ class _Node:
             self._replace(slot, new, slot_BK1P, g.unsqueeze(enters_BK1, 3))
             for slot, new in ((self.slot_k, self.k_BTKP), (self.slot_v, self.v_BTKP))
         )
-        seen_BKW = next_position >= 0
-        bias_BK1W = g.unsqueeze(g.Where(seen_BKW, g.Max(next_score, _HIDDEN), _HIDDEN), 2)
-        return self.attend(next_k, next_v, bias_BK1W, self.W), next_k, next_v, next_score, next_position
+        return self.attend(next_k, next_v, next_score, self.W), next_k, next_v, next_score, next_position
 
     def _replace(self, slots: Value, new_BTKP: Value, slot_BK1P: Value, enters_BK11: Value) -> Value:
         g = self.g
         old_BK1P = g.GatherElements(slots, slot_BK1P, axis=2)
         new_BK1P = g.Where(enters_BK11, g.transpose(new_BTKP, 0, 2, 1, 3), old_BK1P)
-        return g.ScatterElements(slots, slot_BK1P, new_BK1P, axis=2)  # type: ignore[no-any-return]
+        return g.ScatterElements(slots, slot_BK1P, new_BK1P, axis=2)
 
-    def many_tokens(self) -> Sequence[Value]:
-        """The general form."""
+    def new_keys(self) -> _Keys:
+        """The new tokens' keys, those past `valid` as if they were empty slots."""
         g = self.g
         position_B1T = g.unsqueeze(self.new_positions(), 1)
-        new_position_BKT = g.expand(position_B1T, 1, self.K, 1)
-        score_BKT = g.Where(position_B1T >= 0, g.transpose(self.score_BTK, 0, 2, 1), g.constant(np.asarray(-np.inf, np.float32)))
+        score_BKT = g.Where(position_B1T >= 0, g.transpose(self.score_BTK, 0, 2, 1), _minus_infinity(g))
+        k_BKTP, v_BKTP = (g.transpose(x, 0, 2, 1, 3) for x in (self.k_BTKP, self.v_BTKP))
+        return _Keys(k_BKTP, v_BKTP, score_BKT, g.expand(position_B1T, 1, self.K, 1))
+
+    def into_empty_slots(self) -> Sequence[Value]:
+        """No slot is in use and all new keys fit: plain causal attention, then the new keys are the slots."""
+        g = self.g
+        new = self.new_keys()
+        t_T = g.arange(self.T)
+        causal_TT = g.unsqueeze(t_T, 0) <= g.unsqueeze(t_T, 1)
+        out = self.attend(new.k_BKJP, new.v_BKJP, new.score_BKJ, self.T, causal_TT)
+        pads = g.shape(0, self.W - self.T)
+        next_k, next_v = (g.Pad(x, pads, None, [2]) for x in (new.k_BKJP, new.v_BKJP))
+        return out, next_k, next_v, g.Pad(new.score_BKJ, pads, _minus_infinity(g), [2]), g.Pad(new.position_BKJ, pads, -1, [2])
+
+    def many_tokens(self, ranked: bool = True) -> Sequence[Value]:
+        """The general form; `ranked` False where no key can be evicted."""
+        g, new = self.g, self.new_keys()
         keys = _Keys(
-            g.Concat(self.slot_k, g.transpose(self.k_BTKP, 0, 2, 1, 3), axis=2),
-            g.Concat(self.slot_v, g.transpose(self.v_BTKP, 0, 2, 1, 3), axis=2),
-            g.Concat(self.slot_score, score_BKT, axis=2),
-            g.Concat(self.slot_position, new_position_BKT, axis=2),
+            g.Concat(self.slot_k, new.k_BKJP, axis=2),
+            g.Concat(self.slot_v, new.v_BKJP, axis=2),
+            g.Concat(self.slot_score, new.score_BKJ, axis=2),
+            g.Concat(self.slot_position, new.position_BKJ, axis=2),
         )
         J = g.dim(keys.score_BKJ, 2)
         i_T, j_J = g.arange(self.T), g.arange(J) - self.W
-        causal_TJ = g.unsqueeze(j_J, 0) <= g.unsqueeze(i_T, 1)
-        exists_BKJ = keys.position_BKJ >= 0
-        room_BKTJ, room_last_BKJ = self._room(keys, score_BKT, exists_BKJ)
-        kept_BKTJ = (room_BKTJ > 0.0) & causal_TJ & g.unsqueeze(exists_BKJ, 2)
-        bias_BKTJ = g.Where(kept_BKTJ, g.unsqueeze(g.Max(keys.score_BKJ, _HIDDEN), 2), _HIDDEN)
-        out = self.attend(keys.k_BKJP, keys.v_BKJP, bias_BKTJ, J)
-        return out, *self._best(keys, (room_last_BKJ > 0.0) & exists_BKJ, J)
+        mask = g.unsqueeze(j_J, 0) <= g.unsqueeze(i_T, 1)
+        kept_BKJ = keys.position_BKJ >= 0
+        if ranked:
+            betters_BKTJ, room_BKJ = self._betters(keys, kept_BKJ)
+            mask = (betters_BKTJ < g.unsqueeze(room_BKJ, 2)) & mask
+            kept_BKJ = g.Squeeze(g.slice(betters_BKTJ, -1, 2**62, 2), [2]) < room_BKJ
+        out = self.attend(keys.k_BKJP, keys.v_BKJP, keys.score_BKJ, J, mask)
+        return out, *self._best(keys, kept_BKJ, J)
 
-    def _room(self, keys: _Keys, score_BKT: Value, exists_BKJ: Value) -> tuple[Value, Value]:
-        """W - base_j - sum_(l <= i) beats[l, j] as [B, K, T, J] floats, and its last row."""
+    def _betters(self, keys: _Keys, exists_BKJ: Value) -> tuple[Value, Value]:
+        """How many new keys up to query i outrank key j, [B, K, T, J], and the number of them that evicts it, 0 for no key."""
         g = self.g
-        slot_score_BKW, slot_position_BKW = (g.slice(x, 0, self.W, 2) for x in (keys.score_BKJ, keys.position_BKJ))
-        # Two stable sorts give the slots by score, then position; a slot's place in that order is its base.
-        _, by_position_BKW = g.TopK(slot_position_BKW, self.W, axis=2, outs=2)
-        _, by_score_BKW = g.TopK(g.pick(slot_score_BKW, by_position_BKW), self.W, axis=2, outs=2)
-        order_BKW = g.pick(by_position_BKW, by_score_BKW)
-        place_BKW = g.Add(order_BKW * 0, g.arange(self.W))
-        base_slot_BKW = g.to_f32(g.ScatterElements(order_BKW, order_BKW, place_BKW, axis=2))
-        better_BKWT = g.unsqueeze(slot_score_BKW, 3) > g.unsqueeze(score_BKT, 2)
-        base_new_BKT = g.ReduceSum(g.to_f32(better_BKWT), [2], keepdims=0)
-        base_BKJ = g.Concat(base_slot_BKW, base_new_BKT, axis=2)
-
-        score_BKT1 = g.unsqueeze(score_BKT, 3)
-        l_T = g.arange(self.T)
-        later_TT = g.unsqueeze(l_T, 1) > g.unsqueeze(l_T, 0)
-        new_score_BK1T = g.unsqueeze(score_BKT, 2)
-        beats_new_BKTT = (score_BKT1 > new_score_BK1T) | (later_TT & g.Equal(score_BKT1, new_score_BK1T))
-        beats_BKTJ = g.Concat(score_BKT1 >= g.unsqueeze(slot_score_BKW, 2), beats_new_BKTT, axis=3)
-        exists_new_BKT1 = g.unsqueeze(g.slice(exists_BKJ, self.W, 2**62, 2), 3)
-        # Counts stay below 2^24, exact in float32.
-        count_BKTJ = g.CumSum(g.to_f32(beats_BKTJ & exists_new_BKT1), 2)
-        left_BKJ = g.to_f32(self.W) - base_BKJ
-        room_last_BKJ = left_BKJ - g.Squeeze(g.slice(count_BKTJ, -1, 2**62, 2), [2])
-        return g.unsqueeze(left_BKJ, 2) - count_BKTJ, room_last_BKJ
+        all_J = g.dim(keys.score_BKJ, 2)
+        # Two stable sorts order by score, then position; keys that do not exist come last and outrank none.
+        _, by_position_BKJ = g.TopK(keys.position_BKJ, all_J, axis=2, outs=2)
+        _, by_score_BKJ = g.TopK(g.pick(keys.score_BKJ, by_position_BKJ), all_J, axis=2, outs=2)
+        order_BKJ = g.pick(by_position_BKJ, by_score_BKJ)
+        place_J = g.arange(all_J)
+        rank_BKJ = g.ScatterElements(order_BKJ, order_BKJ, g.expand(place_J, g.node("Shape", order_BKJ)), axis=2)
+        # The slots ahead of each place of the order, brought back to the keys.
+        ahead_BKJ = g.CumSum(g.int64(order_BKJ < self.W), 2, exclusive=1)
+        room_BKJ = g.Where(exists_BKJ, self.W - g.pick(ahead_BKJ, rank_BKJ), 0)
+        # Ranks and counts stay below 2^24, exact in float32.
+        rank_BKJ = g.to_f32(rank_BKJ)
+        rank_new_BKT1 = g.unsqueeze(g.slice(rank_BKJ, self.W, 2**62, 2), 3)
+        outranks_BKTJ = rank_new_BKT1 < g.unsqueeze(rank_BKJ, 2)
+        return g.CumSum(g.to_f32(outranks_BKTJ), 2), g.to_f32(room_BKJ)
 
     def _best(self, keys: _Keys, kept_BKJ: Value, J: Value) -> tuple[Value, ...]:
         """The kept keys (at most W) in list order, then empty slots."""
@@ -222,11 +247,14 @@ class _Node:
         order_BKJ = g.Where(kept_BKJ, j_J, j_J + g.Squeeze(J, [0]))
         first_BKW, pick_BKW = g.TopK(order_BKJ, self.W, axis=2, largest=0, outs=2)
         filled_BKW = first_BKW < J
-        empty = g.constant(np.asarray(-np.inf, np.float32))
-        next_score = g.Where(filled_BKW, g.pick(keys.score_BKJ, pick_BKW), empty)
+        next_score = g.Where(filled_BKW, g.pick(keys.score_BKJ, pick_BKW), _minus_infinity(g))
         next_position = g.Where(filled_BKW, g.pick(keys.position_BKJ, pick_BKW), -1)
         # Whole rows by one flat index: GatherElements would need an index as large as the keys.
         row_BK1 = g.reshape(g.arange(g.dim(pick_BKW, 0) * self.K), -1, self.K, 1)
         flat_BKW = pick_BKW + row_BK1 * J
         next_k, next_v = (g.Gather(g.reshape(x, -1, self.P), flat_BKW) for x in (keys.k_BKJP, keys.v_BKJP))
         return next_k, next_v, next_score, next_position
+
+
+def _minus_infinity(g: Body) -> Value:
+    return g.constant(np.asarray(-np.inf, np.float32))

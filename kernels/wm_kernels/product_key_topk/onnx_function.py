@@ -2,7 +2,9 @@
 
     best k of each half -> k·k sums -> best k; expert = i J + j; weight = softmax of the k scores
 
-Order: larger score, then lower expert index. Letters: B batch, T tokens, M = B·T, R retrieval heads, J sub-keys per half, k picks, d half width.
+Order: larger score, then lower expert index.
+
+Letters: B batch, T tokens, M = B·T, R retrieval heads, J sub-keys per half, k picks, d half width.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ With a = dt A and seg[l, s] = a_(s+1) + .. + a_l, a chunk that starts from state
     y_l = sum_(s<=l) exp(seg[l, s]) (C_l · B_s) dt_s x_s + exp(a_0 + .. + a_l) S C_l
 
 and the chunks' own end states are carried over by the same decay matrix, one row per chunk, so no Scan or Loop is needed.
+onnxruntime's body is the recurrence itself: one step for one token, com.microsoft LinearAttention for more.
 
 Letters: B batch, T tokens, H heads, G groups, Q = H / G, P head dim, N state, C chunks, L tokens per chunk.
 """
@@ -71,14 +72,12 @@ def scan(
         g.Equal(g.Squeeze(T, [0]), 1),
         (FLOAT, FLOAT),
         lambda: _step(g, one, x, dt_BTH, A_H, B, C, state),
-        lambda: _chunks(g, one, x, dt_BTH, A_H, B, C, state),
+        lambda: _linear_attention(g, one, x, dt_BTH, A_H, B, C, state),
     )
     return y, after
 
 
-def _step(
-    g: Body, one: dict[str, Any], x: Value, dt: Value, A_H: Value, B: Value, C: Value, state: Value
-) -> tuple[Value, Value]:
+def _step(g: Body, one: dict[str, Any], x: Value, dt: Value, A_H: Value, B: Value, C: Value, state: Value) -> tuple[Value, Value]:
     """One token, with nothing padded or transposed."""
     H, G, P, N = one["num_heads"], one["num_groups"], one["head_dim"], one["state_dim"]
     Q = H // G
@@ -90,9 +89,20 @@ def _step(
     return g.reshape(y_BGQP1, -1, 1, H, P), next_BHPN
 
 
-def _chunks(
+def _linear_attention(
     g: Body, one: dict[str, Any], x: Value, dt: Value, A_H: Value, B: Value, C: Value, state: Value
 ) -> tuple[Value, Value]:
+    """The recurrence as gated linear attention: query C, key B, value dt x, and a state with its last axes exchanged."""
+    H, G, P, N = one["num_heads"], one["num_groups"], one["head_dim"], one["state_dim"]
+    if G < H:
+        B, C = (g.expand(g.unsqueeze(v, 3), 1, 1, G, H // G, N) for v in (B, C))
+    query, key, value = (g.reshape(v, 0, 0, -1) for v in (C, B, x * g.unsqueeze(dt, 3)))
+    heads = {"q_num_heads": H, "kv_num_heads": H, "update_rule": "gated", "scale": 1.0}
+    y, after = g.microsoft("LinearAttention", query, key, value, g.transpose(state, 0, 1, 3, 2), dt * A_H, outs=2, **heads)
+    return g.reshape(y, 0, 0, H, P), g.transpose(after, 0, 1, 3, 2)
+
+
+def _chunks(g: Body, one: dict[str, Any], x: Value, dt: Value, A_H: Value, B: Value, C: Value, state: Value) -> tuple[Value, Value]:
     H, G, P, N = one["num_heads"], one["num_groups"], one["head_dim"], one["state_dim"]
     Q = H // G
     T = g.dim(x, 1)
@@ -149,4 +159,4 @@ def _segment_decay(g: Body, a_L1: Value, L: Value) -> Value:
     l_L = g.arange(L)
     after_LL = g.unsqueeze(l_L, 1) > g.unsqueeze(l_L, 0)
     seg_LL = g.CumSum(g.Where(after_LL, a_L1, 0.0), -2)
-    return g.Exp(g.Where(g.unsqueeze(l_L, 1) >= g.unsqueeze(l_L, 0), seg_LL, g.constant(np.asarray(-np.inf, np.float32))))  # type: ignore[no-any-return]
+    return g.Exp(g.Where(g.unsqueeze(l_L, 1) >= g.unsqueeze(l_L, 0), seg_LL, g.constant(np.asarray(-np.inf, np.float32))))
