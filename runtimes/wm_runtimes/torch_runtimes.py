@@ -3,11 +3,14 @@
 import os
 import shutil
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
+from types import FunctionType
 from typing import Any
 
 import numpy as np
 
+from wm_graph.config import ModelConfig
 from wm_graph.errors import RuntimeUnavailableError
 from wm_runtimes.bundle import Bundle
 from wm_runtimes.session import Array, Session
@@ -69,10 +72,10 @@ class EagerSession(Session):
         state = self._state(buffers, start, len(position_B))
         with torch.inference_mode():
             state.position.copy_(torch.from_numpy(position_B))
-            tensors = (torch.from_numpy(np.ascontiguousarray(array)) for array in (tokens_BT, valid_B, select_BS))
-            tokens, valid, select = tensors
-            logits: Array = self._forward(tokens, state, valid, select).float().numpy()
-        return logits
+            # Copies, because numpy's strides of axes of size 1 are arbitrary and torch.compile would look at them.
+            tokens, valid, select = (torch.tensor(array) for array in (tokens_BT, valid_B, select_BS))
+            logits_BSV: Array = self._forward(tokens, state, valid, select).float().numpy()
+        return logits_BSV
 
     def _state(self, buffers: StateBuffers, start: int, batch: int) -> Any:
         """The rows of the buffers as the model's state: tensors over the same memory."""
@@ -110,17 +113,49 @@ class CompiledSession(EagerSession):
 
     def __init__(self, bundle: Bundle, batch: int = 1, capacity: int = 1024) -> None:
         super().__init__(bundle, batch, capacity)
-        import torch
-
-        self._compiled: Callable[..., Any] = torch.compile(_step, fullgraph=True, dynamic=True)
+        # torch.compile makes a size of 1 its own graph. A session of several rows therefore never runs a single one.
+        self._pair = self._make_buffers(2) if self.batch > 1 else None
+        self._compiled = _compiled_step(bundle.config, bundle.dtype, self.batch == 1)
 
     def placement(self) -> dict[str, list[str]]:
         """Everything runs in torch on the CPU, compiled by Inductor."""
         self._check_open()
         return {"torch cpu, inductor": ["wm_graph.forward"]}
 
+    def close(self) -> None:
+        """Free the state and the model; later calls are refused."""
+        super().close()
+        self._pair = None
+
+    def _run(self, buffers: StateBuffers, start: int, position_B: Array, tokens_BT: Array, valid_B: Array, select_BS: Array) -> Array:
+        length, selected = tokens_BT.shape[1], select_BS.shape[1]
+        # For the same reason S is 1 exactly where T is: one token has one index to select, and with more a second column does no harm.
+        width = 1 if length == 1 else max(selected, 2)
+        select_BW = np.pad(select_BS[:, :width], ((0, 0), (0, max(width - selected, 0))), mode="edge")
+        arguments = (position_B, tokens_BT, valid_B, select_BW)
+        if self._pair is None or len(position_B) > 1:
+            logits_BWV = super()._run(buffers, start, *arguments)
+        else:
+            twice = np.array([start, start])
+            self._pair.gather(buffers, twice)
+            logits_BWV = super()._run(self._pair, 0, *(np.repeat(array, 2, axis=0) for array in arguments))[:1]
+            self._pair.scatter(buffers, twice)
+        if width < selected:
+            return np.repeat(logits_BWV, selected, axis=1)
+        return logits_BWV[:, :selected]
+
     def _forward(self, tokens_BT: Any, state: Any, valid_B: Any, select_BS: Any) -> Any:
         return self._compiled(self.bundle.config, self._params, tokens_BT, state, valid_B, select_BS)
+
+
+@cache
+def _compiled_step(config: ModelConfig, dtype: str, single: bool) -> Callable[..., Any]:
+    """The compiled step, shared by every session whose graphs are the same."""
+    import torch
+
+    # Dynamo counts recompilations per code object, so that different models need one each.
+    step = FunctionType(_step.__code__.replace(), globals())
+    return torch.compile(step, fullgraph=True, dynamic=True)
 
 
 def _step(cfg: Any, params: Any, tokens_BT: Any, state: Any, valid_B: Any, select_BS: Any) -> Any:
