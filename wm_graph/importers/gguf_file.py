@@ -72,15 +72,16 @@ def import_gguf(path: Path, progress: Progress | None = None, dtype: torch.dtype
     vocab_size = source.shapes.get("token_embd.weight", (0,))[0] or fields.integer("llama.vocab_size")
     cfg = llama.gguf_config(fields, path.stem, vocab_size, tied="output.weight" not in source.shapes)
     tokenizer = read_tokenizer(fields, vocab_size)
+    bos = fields.optional_id("tokenizer.ggml.bos_token_id")
     eos = [token for key in ("eos", "eot") if (token := fields.optional_id(f"tokenizer.ggml.{key}_token_id")) is not None]
     generation = make_generation(
         str(path),
         vocab_size,
         tokenizer.ids.get,
-        bos=fields.optional_id("tokenizer.ggml.bos_token_id"),
+        bos=bos,
         eos=eos,
         pad=fields.optional_id("tokenizer.ggml.padding_token_id"),
-        add_bos=fields.flag("tokenizer.ggml.add_bos_token", tokenizer.adds_bos),
+        add_bos=fields.flag("tokenizer.ggml.add_bos_token", tokenizer.adds_bos and bos is not None),
         chat_template=fields.optional_text("tokenizer.chat_template"),
     )
     tensors = assemble(source, make_layout(cfg, llama.GGUF_NAMES, interleaved=True), dtype, progress)
