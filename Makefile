@@ -17,8 +17,8 @@ PINS := pyproject.toml constraints.txt
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
-demo: .venv/.demo ## make, export, check and run cheems-demo in every runtime
-	@$(BIN)/wm demo $(ARGS)
+demo: .venv/.demo ## make, export, check and run cheems-demo in every runtime; leaves it in build/demo
+	@$(BIN)/wm demo --output build/demo $(ARGS)
 
 test: .venv/.test ## run the tests
 	@$(BIN)/python -m pytest $(ARGS)
