@@ -2,76 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-import torch
 from onnx import TensorProto, helper
 from onnx.inliner import inline_local_functions
 from onnx.reference import ReferenceEvaluator
 
+from onnx_cases import CASES, Case, attention_case, letters, rope_angles_case
 from wm_kernels import onnx_functions
 
-MODULES = onnx_functions._MODULES
-TYPES = {"tensor(float)": TensorProto.FLOAT, "tensor(int64)": TensorProto.INT64}
-
-
-@dataclass
-class Case:
-    """One call of one op: torch arguments in the op's order, and the node's attributes."""
-
-    op: str
-    arguments: dict[str, Any]
-    attributes: dict[str, Any]
-    extra: dict[str, Any] = field(default_factory=dict)  # torch arguments that follow the tensors
-    half: bool = False
-
-    @property
-    def module(self) -> Any:
-        return MODULES[f"wm::{self.op}"]
-
-    def reference(self) -> list[np.ndarray]:
-        """The reference in float64."""
-        wide = {
-            k: None if v is None else torch.from_numpy(v.astype(np.float64) if v.dtype.kind == "f" else v)
-            for k, v in self.feeds(True).items()
-        }
-        out = getattr(torch.ops.wm, self.op).default(*wide.values(), *self.extra.values())
-        return [t.numpy() for t in (out if isinstance(out, tuple) else (out,))]
-
-    def feeds(self, all_of_them: bool = False) -> dict[str, Any]:
-        half = {name for name, kind in self.module.INPUTS if kind == "T"} if self.half else set()
-        cast = {k: v.astype(np.float16) if v is not None and k in half else v for k, v in self.arguments.items()}
-        return cast if all_of_them else {k: v for k, v in cast.items() if v is not None}
-
-    def model(self, flavour: str) -> onnx.ModelProto:
-        """A model of one node, every dimension that varies at run time symbolic."""
-        t = TensorProto.FLOAT16 if self.half else TensorProto.FLOAT
-        present = [n if self.arguments[n] is not None else "" for n, _ in self.module.INPUTS]
-        outputs = [n for n, _ in self.module.OUTPUTS]
-        node = helper.make_node(self.module.OP_TYPE, present, outputs, name="node", domain="wm", **self.attributes)
-        dims = {
-            n: [c if c in "BTSWM" else v.shape[i] for i, c in enumerate(letters(n))] for n, v in self.arguments.items() if v is not None
-        }
-        inputs = [helper.make_tensor_value_info(n, TYPES.get(kind, t), dims[n]) for n, kind in self.module.INPUTS if n in dims]
-        infos = [
-            helper.make_tensor_value_info(n, TYPES.get(kind, t), [f"{n}_{i}" for i, _ in enumerate(letters(n))])
-            for n, kind in self.module.OUTPUTS
-        ]
-        graph = helper.make_graph([node], "g", inputs, infos)
-        opsets = [helper.make_opsetid("", 23), helper.make_opsetid("wm", 1), helper.make_opsetid("com.microsoft", 1)]
-        model = helper.make_model(graph, opset_imports=opsets[: 3 if flavour == "ort" else 2], ir_version=10)
-        model.functions.extend(onnx_functions.bodies(model, flavour))
-        return model
-
-
-def letters(name: str) -> list[str]:
-    """x_BTHP -> B, T, H, P; the 2 of query_BTR2d too."""
-    return list(name.rsplit("_", 1)[1])
+FLAVOURS = ["portable", "ort"]
+LENGTHS = [(1, 1), (3, 1), (1, 2), (3, 2), (1, 63), (3, 64), (3, 65), (1, 257), (3, 257)]
 
 
 def session(model: onnx.ModelProto) -> ort.InferenceSession:
@@ -79,133 +24,6 @@ def session(model: onnx.ModelProto) -> ort.InferenceSession:
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    return rng.standard_normal(shape).astype(np.float32)
-
-
-def angles(position_BT: np.ndarray, pairs: int) -> tuple[np.ndarray, np.ndarray]:
-    angle = position_BT[..., None] * 10000.0 ** (-np.arange(pairs) / pairs)
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-
-
-def rope_angles_case(B: int, T: int, seed: int = 0, start: int = 2**24 - 300, pairs: int = 32) -> Case:
-    position_BT = np.arange(T)[None] + np.linspace(0, start, B, dtype=np.int64)[:, None]
-    return Case("rope_angles", {"position_BT": position_BT}, {"pairs": pairs, "theta": 1e4}, {"pairs": pairs, "theta": 1e4, "double": True})
-
-
-def rope_case(B: int, T: int, seed: int = 0, half: bool = False, pairs: int = 8) -> Case:
-    rng = np.random.default_rng(seed)
-    x = normal(rng, B, T, 3, 20)
-    cos, sin = angles(rng.integers(0, 1000, (B, T)), pairs)
-    return Case("rope", {"x_BTHP": x, "cos_BTF": cos, "sin_BTF": sin}, {"head_dim": 20, "num_heads": 3, "pairs": pairs}, half=half)
-
-
-def residual_rms_norm_case(B: int, T: int, seed: int = 0, half: bool = False, scale: bool = True) -> Case:
-    rng = np.random.default_rng(seed)
-    x, residual, weight = normal(rng, B * T, 24), normal(rng, B * T, 24), normal(rng, 24)
-    arguments = {"x_MD": x, "residual_MD": residual, "scale_D": normal(rng, 24) if scale else None, "weight_D": weight}
-    return Case("residual_rms_norm", arguments, {"eps": 1e-5}, {"eps": 1e-5}, half=half)
-
-
-def ragged(rng: np.random.Generator, B: int, T: int) -> np.ndarray:
-    return np.array([T, *rng.integers(0, T + 1, B - 1)])
-
-
-def ssd_case(B: int, T: int, seed: int = 0, half: bool = False, G: int = 2, rope: bool = False) -> Case:
-    rng = np.random.default_rng(seed)
-    H, P, N = 4, 8, 12
-    arguments = {
-        "x_BTHP": normal(rng, B, T, H, P),
-        "dt_BTH": np.log1p(np.exp(2 * normal(rng, B, T, H))),
-        "A_H": -np.linspace(0.1, 8, H, dtype=np.float32),
-        "B_BTGN": normal(rng, B, T, G, N),
-        "C_BTGN": normal(rng, B, T, G, N),
-    }
-    attributes = {"head_dim": P, "num_groups": G, "num_heads": H, "state_dim": N}
-    if rope:
-        arguments["cos_BTF"], arguments["sin_BTF"] = angles(rng.integers(0, 1000, (B, T)), 5)
-        attributes["pairs"] = 5
-    arguments |= {"state_BHPN": normal(rng, B, H, P, N), "valid_B": ragged(rng, B, T)}
-    return Case("ssd_scan_rope" if rope else "ssd_scan", arguments, attributes, half=half)
-
-
-def attention_case(B: int, T: int, seed: int = 0, half: bool = False, past: int = 9, H: int = 6, K: int = 2) -> Case:
-    rng = np.random.default_rng(seed)
-    P, S = 16, past + T + 3
-    arguments = {
-        "q_BTHP": normal(rng, B, T, H, P),
-        "k_BTKP": normal(rng, B, T, K, P),
-        "v_BTKP": normal(rng, B, T, K, P),
-        "cache_k_BKSP": normal(rng, B, K, S, P),
-        "cache_v_BKSP": normal(rng, B, K, S, P),
-        "position_B": np.array([past, *rng.integers(0, past + 1, B - 1)]),
-        "valid_B": ragged(rng, B, T),
-    }
-    return Case("attention", arguments, {"head_dim": P, "kv_num_heads": K, "num_heads": H}, half=half)
-
-
-def keep_window_case(
-    B: int,
-    T: int,
-    seed: int = 0,
-    half: bool = False,
-    W: int = 7,
-    past: int | None = None,
-    H: int = 4,
-    K: int = 2,
-    ties: bool = True,
-    P: int = 8,
-) -> Case:
-    """Slots as an earlier run leaves them: some empty, in any order, of scores with many ties."""
-    rng = np.random.default_rng(seed)
-    score_BTK, slot_score = normal(rng, B, T, K), normal(rng, B, K, W)
-    if ties:
-        score_BTK, slot_score = np.round(score_BTK), np.round(slot_score)
-    position_B = rng.integers(W, 2 * W + 1, B) if past is None else np.full(B, past)
-    slot_position = np.stack([[rng.permutation(max(p, W))[:W] for _ in range(K)] for p in position_B])
-    empty = (rng.random((B, K, W)) < 0.3) if past is None else (slot_position >= past)
-    if B > 1:
-        empty[-1] = True
-    arguments = {
-        "q_BTHP": normal(rng, B, T, H, P),
-        "k_BTKP": normal(rng, B, T, K, P),
-        "v_BTKP": normal(rng, B, T, K, P),
-        "score_BTK": score_BTK,
-        "slot_k_BKWP": normal(rng, B, K, W, P),
-        "slot_v_BKWP": normal(rng, B, K, W, P),
-        "slot_score_BKW": np.where(empty, -np.inf, slot_score).astype(np.float32),
-        "slot_position_BKW": np.where(empty, -1, slot_position),
-        "position_B": position_B,
-        "valid_B": ragged(rng, B, T),
-    }
-    return Case(
-        "keep_window_attention", arguments, {"head_dim": P, "kv_num_heads": K, "num_heads": H, "window": W}, {"window": W}, half=half
-    )
-
-
-def product_key_case(B: int, T: int, seed: int = 0, half: bool = False, k: int = 4, ties: bool = True) -> Case:
-    rng = np.random.default_rng(seed)
-    R, J, d = 2, 9, 6
-    query, keys = normal(rng, B, T, R, 2, d), normal(rng, R, J, 2, d)
-    if ties:
-        query, keys = np.round(query), np.round(keys)
-    return Case("product_key_topk", {"query_BTR2d": query, "keys_RJ2d": keys}, {"k": k, "num_heads": R, "num_keys": J}, {"k": k}, half=half)
-
-
-def expert_mix_case(B: int, T: int, seed: int = 0, half: bool = False, activation: str = "silu", inside: bool = False) -> Case:
-    rng = np.random.default_rng(seed)
-    R, k, E, D = 2, 3, 25, 10
-    arguments = {
-        "x_BTD": normal(rng, B, T, D),
-        "expert_BTRk": rng.integers(0, E, (B, T, R, k)),
-        "weight_BTRk": rng.random((B, T, R, k)).astype(np.float32),
-        "down_ED": normal(rng, E, D),
-        "up_ED": normal(rng, E, D),
-    }
-    attributes = {"activation": activation, "weight_inside": int(inside), "num_picks": R * k, "width": D}
-    return Case("expert_mix", arguments, attributes, {"activation": activation, "weight_inside": inside}, half=half)
 
 
 def judge(case: Case, got: list[np.ndarray], tolerance: float) -> None:
@@ -238,32 +56,6 @@ def sorted_slots(outputs: list[np.ndarray]) -> list[np.ndarray]:
     order = np.argsort(position, axis=2)
     k, v = (np.take_along_axis(np.where((position >= 0)[..., None], x, 0), order[..., None], 2) for x in (k, v))
     return [out, k, v, np.take_along_axis(score, order, 2), np.take_along_axis(position, order, 2)]
-
-
-CASES = {
-    "rope_angles": rope_angles_case,
-    "rope": rope_case,
-    "rope_full_width": lambda B, T, **more: rope_case(B, T, pairs=10, **more),
-    "residual_rms_norm": residual_rms_norm_case,
-    "residual_rms_norm_unscaled": lambda B, T, **more: residual_rms_norm_case(B, T, scale=False, **more),
-    "ssd_scan": ssd_case,
-    "ssd_scan_one_group": lambda B, T, **more: ssd_case(B, T, G=1, **more),
-    "ssd_scan_rope": lambda B, T, **more: ssd_case(B, T, G=4, rope=True, **more),
-    "attention": attention_case,
-    "attention_from_zero": lambda B, T, **more: attention_case(B, T, past=0, **more),
-    "attention_mha": lambda B, T, **more: attention_case(B, T, H=2, K=2, **more),
-    "keep_window": keep_window_case,
-    "keep_window_nothing_leaves": lambda B, T, **more: keep_window_case(B, T, W=300, past=20, **more),
-    "keep_window_from_zero": lambda B, T, **more: keep_window_case(B, T, W=100, past=0, **more),
-    "keep_window_one_slot": lambda B, T, **more: keep_window_case(B, T, W=1, **more),
-    "keep_window_no_ties": lambda B, T, **more: keep_window_case(B, T, W=100, ties=False, **more),
-    "product_key_topk": product_key_case,
-    "product_key_topk_all": lambda B, T, **more: product_key_case(B, T, k=9, ties=False, **more),
-    "expert_mix": expert_mix_case,
-    "expert_mix_inside": lambda B, T, **more: expert_mix_case(B, T, activation="gelu", inside=True, **more),
-}
-FLAVOURS = ["portable", "ort"]
-LENGTHS = [(1, 1), (3, 1), (1, 2), (3, 2), (1, 63), (3, 64), (3, 65), (1, 257), (3, 257)]
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
