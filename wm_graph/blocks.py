@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-import wm_kernels as ops
 from torch import Tensor
-from wm_kernels.keep_window_attention.definition import keep_window_attention_reference
 
+import wm_kernels as ops
 from wm_graph.config import ModelConfig
 from wm_graph.params import AttentionParams, CdmoeParams, DynamicMaskAttentionParams, LayerParams, MlpParams, SsdParams
 from wm_graph.state import AttentionState, KeepWindowState, LayerState, SsdState
 from wm_graph.taps import Taps
+from wm_kernels.keep_window_attention.definition import keep_window_attention_reference
 
 
 @dataclass(frozen=True)

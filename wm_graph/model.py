@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-import wm_kernels as ops
 from torch import Tensor
 
+import wm_kernels as ops
 from wm_graph.blocks import Context, layer, rms_norm
 from wm_graph.config import ModelConfig
 from wm_graph.params import Params

@@ -137,12 +137,13 @@ def params_from_flat(cfg: ModelConfig, tensors: dict[str, Tensor]) -> Params:
     """
     shapes = parameter_shapes(cfg)
     if missing := [name for name in shapes if name not in tensors]:
-        raise CheckpointError(f"tensor {missing[0]!r} is missing ({len(missing)} in all); does the configuration {cfg.name!r} fit the weights?")
+        raise CheckpointError(f"tensor {missing[0]!r} is missing, expected by configuration {cfg.name!r} ({len(missing)} in all)")
     if unknown := [name for name in tensors if name not in shapes]:
         raise CheckpointError(f"tensor {unknown[0]!r} is unknown to configuration {cfg.name!r} ({len(unknown)} in all)")
     for name, shape in shapes.items():
-        if tuple(tensors[name].shape) != shape:
-            raise CheckpointError(f"tensor {name!r} has shape {list(tensors[name].shape)}, configuration {cfg.name!r} expects {list(shape)}")
+        found = tuple(tensors[name].shape)
+        if found != shape:
+            raise CheckpointError(f"tensor {name!r} has shape {list(found)}, configuration {cfg.name!r} expects {list(shape)}")
     layers = tuple(_layer_from_flat(pair, f"layers.{index}", tensors) for index, pair in enumerate(cfg.layers))
     return Params(tensors["embedding"], layers, tensors["norm"], tensors.get("head"))
 

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +13,10 @@ from typing import Any
 import onnx
 import torch
 from safetensors.torch import save_file
+
+from wm_export.golden import golden_data
+from wm_export.program import export_program, next_name
+from wm_export.to_onnx import FILES, onnx_from_program
 from wm_graph.checkpoints import WEIGHTS, load_checkpoint, load_tensors, new_folder, read_json
 from wm_graph.config import MAX_POSITION, ModelConfig
 from wm_graph.errors import BundleError, ExportError
@@ -22,14 +25,11 @@ from wm_graph.shapes import LeafSpec, count_parameters, state_leaves
 from wm_graph.state import leaf_dtype
 from wm_kernels.onnx_functions import OPSET
 
-from wm_export.golden import golden_data
-from wm_export.program import export_program, next_name
-from wm_export.to_onnx import FILES, onnx_from_program
-
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 TARGETS = ("onnx",)
 SCHEMA = 1
 HEADER_LIMIT = 5_000_000
+_FRESH = ".new."  # prefix of files that are about to replace those of a bundle
 _NO_TOKENS: dict[str, Any] = {"bos": None, "eos": None, "pad": None, "stop": [], "add_bos": False}
 
 Progress = Callable[[str, float], None]
@@ -93,15 +93,17 @@ def export_into(bundle: str | Path, *, targets: Sequence[str] = TARGETS, progres
     cfg = ModelConfig.from_dict(manifest["config"])
     params_from_flat(cfg, load_tensors(bundle))
     tell("exporting to ONNX", 0.1)
-    with tempfile.TemporaryDirectory(prefix=".targets.", dir=bundle) as scratch_name:
-        scratch = Path(scratch_name)
-        os.link(bundle / WEIGHTS, scratch / WEIGHTS)
-        _write_onnx(cfg, DTYPES[dtype], scratch)
-        for name in FILES.values():
-            os.replace(scratch / name, bundle / name)
+    fresh = [bundle / f"{_FRESH}{name}" for name in (*FILES.values(), "manifest.json")]
+    try:
+        _write_onnx(cfg, DTYPES[dtype], bundle, prefix=_FRESH)
+        for path in fresh[:-1]:
+            os.replace(path, bundle / path.name.removeprefix(_FRESH))
         manifest |= {"files": _files(bundle), "versions": _versions()}
-        (scratch / "manifest.json").write_text(_manifest_text(manifest))
-        os.replace(scratch / "manifest.json", manifest_file)
+        fresh[-1].write_text(_manifest_text(manifest))
+        os.replace(fresh[-1], manifest_file)
+    finally:
+        for path in fresh:
+            path.unlink(missing_ok=True)
     tell("done", 1.0)
 
 
@@ -131,15 +133,17 @@ def _copy_text(checkpoint: Path, scratch: Path) -> dict[str, Any]:
     return {"tokens": _NO_TOKENS | dict(extra.get("tokens") or {}), "chat_template": extra.get("chat_template")}
 
 
-def _write_onnx(cfg: ModelConfig, dtype: torch.dtype, scratch: Path) -> None:
+def _write_onnx(cfg: ModelConfig, dtype: torch.dtype, folder: Path, prefix: str = "") -> None:
+    """Write both ONNX files beside the weights, and check them there: the checker follows no links to external data."""
     program = export_program(cfg, dtype)
-    for flavour, proto in onnx_from_program(program, scratch / WEIGHTS, WEIGHTS).items():
+    for flavour, proto in onnx_from_program(program, folder / WEIGHTS, WEIGHTS).items():
         data = proto.SerializeToString(deterministic=True)
         if len(data) > HEADER_LIMIT:
             raise ExportError(f"{FILES[flavour]}: header of {len(data)} bytes, expected at most {HEADER_LIMIT}; a weight was stored inside")
-        (scratch / FILES[flavour]).write_bytes(data)
+        file = folder / f"{prefix}{FILES[flavour]}"
+        file.write_bytes(data)
         try:
-            onnx.checker.check_model(str(scratch / FILES[flavour]), full_check=True)
+            onnx.checker.check_model(str(file), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise ExportError(f"{FILES[flavour]}: does not pass onnx.checker ({str(error).splitlines()[0]})") from error
 
@@ -177,7 +181,7 @@ def _leaf(spec: LeafSpec, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != "manifest.json")
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != "manifest.json" and not path.name.startswith("."))
     return {path.name: {"sha256": _sha256(path), "size": path.stat().st_size} for path in files}
 
 

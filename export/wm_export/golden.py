@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+
 from wm_graph.config import ModelConfig
 from wm_graph.oracle import oracle_forward
 from wm_graph.params import Params

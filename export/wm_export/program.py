@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+
 from wm_graph.config import ModelConfig
 from wm_graph.module import Model
 from wm_graph.params import Params, is_float32_always, params_from_flat

@@ -17,11 +17,11 @@ import onnxscript.optimizer
 import torch
 from onnx_ir import passes
 from onnx_ir.passes import common as passes_common
+
+from wm_export.program import Program
 from wm_graph.errors import ExportError
 from wm_graph.taps import OP_OUTPUTS, TapNames
 from wm_kernels.onnx_functions import OPSET, TRANSLATIONS, bodies
-
-from wm_export.program import Program
 
 Flavour = Literal["portable", "ort"]
 FILES: dict[Flavour, str] = {"portable": "model.onnx", "ort": "model.ort.onnx"}
@@ -44,10 +44,11 @@ def stored_tensors(weights: Path) -> dict[str, StoredTensor]:
         (size,) = struct.unpack("<Q", file.read(8))
         header: dict[str, Any] = json.loads(file.read(size))
     header.pop("__metadata__", None)
-    return {
-        name: StoredTensor(entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0])
-        for name, entry in header.items()
-    }
+    places: dict[str, StoredTensor] = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        places[name] = StoredTensor(entry["dtype"], tuple(entry["shape"]), 8 + size + start, end - start)
+    return places
 
 
 def onnx_from_program(program: Program, weights: Path, weights_name: str) -> dict[Flavour, onnx.ModelProto]:
@@ -100,7 +101,8 @@ def _translate(program: Program) -> ir.Model:
     assert onnx_program is not None
     model: ir.Model = onnx_program.model
     if model.opset_imports.get("") != OPSET:
-        raise ExportError(f"ONNX export: asked for opset {OPSET}, the exporter wrote {model.opset_imports.get('')}; use the pinned torch and onnxscript")
+        written = model.opset_imports.get("")
+        raise ExportError(f"ONNX export: asked for opset {OPSET}, the exporter wrote {written}; use the pinned torch and onnxscript")
     return model
 
 
@@ -178,8 +180,9 @@ def _point_to_weights(model: ir.Model, stored: dict[str, StoredTensor], weights_
                 raise ExportError(f"ONNX export: initializer {name!r} is no parameter of the weights file; the exporter changed the graph")
             continue
         place = stored[parameter]
-        if tuple(value.const_value.shape.numpy()) != place.shape:
-            raise ExportError(f"ONNX export: {parameter!r} has shape {list(value.const_value.shape.numpy())}, the weights file {list(place.shape)}")
+        shape = tuple(value.const_value.shape.numpy())
+        if shape != place.shape:
+            raise ExportError(f"ONNX export: {parameter!r} has shape {list(shape)}, the weights file {list(place.shape)}")
         value.const_value = ir.ExternalTensor(
             weights_name, place.offset, place.length, value.const_value.dtype, shape=ir.Shape(place.shape), name=parameter
         )
@@ -208,7 +211,8 @@ def _declare_opsets(proto: onnx.ModelProto, functions: list[onnx.FunctionProto])
     versions = {item.domain: item.version for item in proto.opset_import} | {"wm": 1}
     for function in functions:
         for item in function.opset_import:
-            if versions.setdefault(item.domain, item.version) != item.version:
-                raise ExportError(f"ONNX export: {function.name} imports {item.domain or 'ai.onnx'} {item.version}, the model {versions[item.domain]}")
+            known = versions.setdefault(item.domain, item.version)
+            if known != item.version:
+                raise ExportError(f"ONNX export: {function.name} imports {item.domain or 'ai.onnx'} {item.version}, the model {known}")
     del proto.opset_import[:]
     proto.opset_import.extend(onnx.helper.make_opsetid(domain, versions[domain]) for domain in sorted(versions))
