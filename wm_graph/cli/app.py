@@ -1,7 +1,7 @@
 """The group of commands. A command's module is imported when the command is chosen, or when `wm --help` lists them all."""
 
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -46,7 +46,7 @@ def _show_version(wanted: bool) -> None:
 
 
 def root(
-    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Print the version and exit."),
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")] = False,
 ) -> None:
     """Define a model once, export it to a bundle, run it in every runtime and show that the numbers agree.
 

@@ -1,23 +1,26 @@
 """`wm bench`."""
 
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from wm_graph.cli.arguments import AsJson, BundlePath, RuntimeNames
 from wm_graph.cli.checks import split_names
 from wm_graph.cli.console import human_bytes, print_json, print_table, progress_bar
 
 
 def command(
-    bundle: Path = typer.Argument(help="The bundle."),
-    runtimes: str | None = typer.Option(None, help="Runtimes, separated by commas.  [default: all that run here]"),
-    prompt_tokens: int = typer.Option(512, min=1, help="Tokens of the prompt."),
-    new_tokens: int = typer.Option(128, min=1, help="Tokens decoded one by one."),
-    repeats: int = typer.Option(3, min=1, help="Measure this often and take the median."),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+    bundle: BundlePath,
+    runtimes: RuntimeNames = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded one by one.")] = 128,
+    repeats: Annotated[int, typer.Option(min=1, help="Measure this often and take the median.")] = 3,
+    as_json: AsJson = False,
 ) -> None:
-    """Measure speed, cold start and memory of a bundle in each runtime, each in a process of its own."""
+    """Measure speed, cold start and memory of runtimes.
+
+    Each runtime is measured in a process of its own.
+    """
     from wm_graph.cli.checks import available_runtimes, require_runtimes
     from wm_graph.cli.measuring import measure_apart
     from wm_runtimes import RUNTIMES, open_bundle
@@ -31,11 +34,15 @@ def command(
             progress(f"measuring {name}", index / len(names))
             results.append(measure_apart(bundle, name, prompt_tokens, new_tokens, repeats))
     if as_json:
-        print_json({"bundle": str(bundle), "name": opened.name, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "results": results})
+        sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
+        print_json({"bundle": str(bundle), "name": opened.name, "dtype": opened.dtype, **sizes, "results": results})
         return
     print(f"{opened.name}, {opened.dtype}: prompt of {prompt_tokens} tokens, {new_tokens} decoded; median of {repeats}")
     header = ("runtime", "prefill tok/s", "decode tok/s", "open s", "warm-up s", "peak memory")
-    numbers = ("prefill_tokens_per_s", "decode_tokens_per_s", "open_s", "warm_up_s")
-    rows = [[str(row["runtime"]), *(f"{row[key]:.{1 if 'tokens' in key else 2}f}" for key in numbers), human_bytes(row["rss_bytes"])] for row in results]
+    rows = []
+    for row in results:
+        speeds = [f"{row[key]:.1f}" for key in ("prefill_tokens_per_s", "decode_tokens_per_s")]
+        waits = [f"{row[key]:.2f}" for key in ("open_s", "warm_up_s")]
+        rows.append([row["runtime"], *speeds, *waits, human_bytes(row["rss_bytes"])])
     print_table(header, rows, numeric=range(1, 6))
     print("open: from the start of a process to a session; warm-up: the first prefill and step, compilation included.")

@@ -18,8 +18,9 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: S
     """Columns aligned by spaces, which read the same on a terminal and in a file; `numeric` columns are flush right."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     for row in (header, *rows):
-        cells = [cell.rjust(width) if column in numeric else cell.ljust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))]
-        print("  ".join(cells).rstrip())
+        cells = zip(row, widths, strict=True)
+        aligned = [cell.rjust(width) if column in numeric else cell.ljust(width) for column, (cell, width) in enumerate(cells)]
+        print("  ".join(aligned).rstrip())
 
 
 def print_fields(fields: dict[str, str]) -> None:

@@ -5,8 +5,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import typer
-
+from wm_graph.cli.arguments import AsJson
 from wm_graph.cli.console import print_fields, print_json, print_table
 
 PACKAGES = {
@@ -21,7 +20,7 @@ PACKAGES = {
 }
 
 
-def command(as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
+def command(as_json: AsJson = False) -> None:
     """Say which runtimes run here, and what is missing for the others."""
     from wm_runtimes import RUNTIMES, availability
 

@@ -1,7 +1,7 @@
 """`wm export`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,13 +13,16 @@ TARGETS = ("onnx",)
 
 
 def command(
-    checkpoint: Path | None = typer.Argument(None, help="The checkpoint folder."),
-    output: Path | None = typer.Option(None, "-o", "--output", help="The new bundle."),
-    into: Path | None = typer.Option(None, "--into", help="A bundle to which the targets are added, from its own weights."),
-    targets: str = typer.Option("onnx", help=f"What to make, separated by commas: {', '.join(TARGETS)}."),
-    dtype: Literal["fp32", "fp16"] | None = typer.Option(None, help="Dtype of a new bundle.  [default: fp32]"),
+    checkpoint: Annotated[Path | None, typer.Argument(help="The checkpoint folder.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The new bundle.")] = None,
+    into: Annotated[Path | None, typer.Option("--into", help="A bundle to which the targets are added, from its own weights.")] = None,
+    targets: Annotated[str, typer.Option(help=f"What to make, separated by commas: {', '.join(TARGETS)}.")] = "onnx",
+    dtype: Annotated[Literal["fp32", "fp16"] | None, typer.Option(help="Dtype of a new bundle.  [default: fp32]")] = None,
 ) -> None:
-    """Make a bundle of a checkpoint: ONNX files, weights, tokenizer, golden data."""
+    """Make a bundle of a checkpoint.
+
+    A bundle is a folder with the ONNX files, their weights, the tokenizer, golden data, and a manifest with the hash of each.
+    """
     names = split_names(targets, TARGETS, "target")
     if (output is None) == (into is None):
         raise ConfigError("give either -o BUNDLE for a new bundle or --into BUNDLE for one that exists")

@@ -1,43 +1,49 @@
 """`wm generate`. Starts fast: nothing here imports rich, and only the chosen runtime's libraries load."""
 
 import time
-from pathlib import Path
+from typing import Annotated
 
 import typer
 
+from wm_graph.cli.arguments import BundlePath
 from wm_graph.cli.console import note
 
 
 def command(
-    bundle: Path = typer.Argument(help="The bundle."),
-    runtime: str = typer.Option("onnxruntime-cpu", help="Where to run; `wm doctor` lists the runtimes."),
-    prompt: list[str] = typer.Option([], "--prompt", "-p", help="Text to continue; several make one batch."),
-    prompt_file: list[str] = typer.Option([], help="File whose text is a prompt; - is stdin."),
-    prompt_ids: list[str] = typer.Option([], help="Prompt as token ids: '1,80,81'."),
-    chat: bool = typer.Option(False, "--chat", help="Put each prompt into the model's chat template."),
-    system: str | None = typer.Option(None, help="System message, with --chat."),
-    max_tokens: int = typer.Option(128, min=1, help="Most new tokens per prompt."),
-    temperature: float = typer.Option(0.0, help="0 takes the likeliest token."),
-    top_k: int = typer.Option(0, help="Choose among this many likeliest tokens; 0 is all."),
-    top_p: float = typer.Option(1.0, help="Choose among the fewest tokens that reach this probability."),
-    seed: int | None = typer.Option(None, help="Repeat the same draws."),
-    stop: list[str] = typer.Option([], help="Text that ends a row; not printed."),
-    stop_id: list[int] = typer.Option([], help="Token that ends a row, beside the model's own."),
-    capacity: int | None = typer.Option(None, min=1, help="Tokens a row can hold.  [default: what the prompts need]"),
-    stats: bool = typer.Option(False, "--stats", help="Speeds on stderr."),
-    as_json: bool = typer.Option(False, "--json", help="One line of JSON per prompt, when all are done."),
+    bundle: BundlePath,
+    runtime: Annotated[str, typer.Option(help="Where to run; `wm doctor` lists the runtimes.")] = "onnxruntime-cpu",
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue; several make one batch.")
+    ] = None,
+    prompt_file: Annotated[list[str] | None, typer.Option(metavar="FILE", help="File whose text is a prompt; - is stdin.")] = None,
+    prompt_ids: Annotated[list[str] | None, typer.Option(metavar="IDS", help="Prompt as token ids, such as 1,80,81.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message, with --chat.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens per prompt.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Choose among this many likeliest tokens; 0 is all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Choose among the fewest tokens that reach this probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Repeat the same draws.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Text that ends a row; not printed.")] = None,
+    stop_id: Annotated[list[int] | None, typer.Option(metavar="ID", help="Token that ends a row, beside the model's own.")] = None,
+    capacity: Annotated[int | None, typer.Option(min=1, help="Tokens a row can hold.  [default: what the prompts need]")] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Print times and speeds to stderr.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON per prompt, when all are done.")] = False,
 ) -> None:
-    """Continue prompts; with one prompt the text is printed as it comes."""
+    """Continue prompts.
+
+    The text of a single prompt is printed as it comes; several prompts run as one batch and are printed when all are done.
+    """
     from wm_graph.cli.generating import Run, encode_prompts, open_text, stop_ids
     from wm_runtimes import open_bundle, open_session
 
     started = time.perf_counter()
     opened = open_bundle(bundle)
     tokenizer = open_text(opened, needed=bool(prompt or prompt_file or stop or chat))
-    prompts = encode_prompts(opened, tokenizer, prompt, prompt_file, prompt_ids, chat=chat, system=system)
-    stops = stop_ids(opened, stop_id)
+    prompts = encode_prompts(opened, tokenizer, prompt or [], prompt_file or [], prompt_ids or [], chat=chat, system=system)
+    stops = stop_ids(opened, stop_id or [])
     needed = max(len(each.ids) for each in prompts) + max_tokens
-    run = Run(prompts, tokenizer, stop, streaming=len(prompts) == 1 and not as_json)
+    run = Run(prompts, tokenizer, stop or [], streaming=len(prompts) == 1 and not as_json)
     with open_session(opened, runtime, batch=len(prompts), capacity=capacity or needed) as session:
         ready = time.perf_counter()
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop_ids": stops}

@@ -48,7 +48,8 @@ def encode_prompts(
         raise ConfigError("--system needs --chat")
     if chat and ids:
         raise ConfigError("--chat takes text; give --prompt or --prompt-file in place of --prompt-ids")
-    prompts = [_encode(tokenizer, text, chat, system) for text in [*texts, *map(_read, files)]] + [Prompt(None, _parse_ids(text)) for text in ids]
+    prompts = [_encode(tokenizer, text, chat, system) for text in [*texts, *map(_read, files)]]
+    prompts += [Prompt(None, _parse_ids(text)) for text in ids]
     if not prompts:
         raise ConfigError("nothing to continue; give --prompt TEXT, --prompt-file FILE or --prompt-ids IDS")
     for prompt in prompts:

@@ -1,21 +1,27 @@
 """`wm import`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import typer
 
+from wm_graph.cli.arguments import AsJson
 from wm_graph.cli.checks import refuse_existing
 from wm_graph.cli.console import human_count, print_json, progress_bar
 
 
 def command(
-    source: Path = typer.Argument(help="A .gguf file (Llama family) or a Hugging Face folder (Llama, dense Doge)."),
-    output: Path = typer.Option(..., "-o", "--output", help="The new checkpoint folder."),
-    dtype: Literal["keep", "fp32", "fp16", "bf16"] = typer.Option("keep", help="Dtype of the parameters; keep makes fp32 of quantised ones."),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+    source: Annotated[Path, typer.Argument(help="A .gguf file (Llama family) or a Hugging Face folder (Llama, dense Doge).")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The new checkpoint folder.")],
+    dtype: Annotated[
+        Literal["keep", "fp32", "fp16", "bf16"], typer.Option(help="Dtype of the parameters; keep makes fp32 of quantised ones.")
+    ] = "keep",
+    as_json: AsJson = False,
 ) -> None:
-    """Make a checkpoint of a GGUF file or a Hugging Face folder, tokenizer and chat template included."""
+    """Make a checkpoint of a GGUF file or Hugging Face folder.
+
+    The tokenizer and the chat template come with it.
+    """
     from wm_graph.errors import CheckpointError
 
     refuse_existing(output)

@@ -4,10 +4,11 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from wm_graph.cli.arguments import AsJson
 from wm_graph.cli.console import human_bytes, human_count, print_fields, print_json
 from wm_graph.cli.presets_command import layer_summary
 
@@ -19,11 +20,11 @@ _SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "b
 
 
 def command(
-    path: str = typer.Argument(help="A checkpoint folder, a bundle or the name of a preset."),
-    capacity: int = typer.Option(1024, min=1, max=2**24, help="Tokens that a row can hold, for the size of the state."),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+    path: Annotated[str, typer.Argument(help="A checkpoint folder, a bundle or the name of a preset.")],
+    capacity: Annotated[int, typer.Option(min=1, max=2**24, help="Tokens that a row can hold, for the size of the state.")] = 1024,
+    as_json: AsJson = False,
 ) -> None:
-    """Describe a checkpoint, a bundle or a preset: configuration, parameters, state and files."""
+    """Describe a checkpoint, a bundle or a preset."""
     facts = describe(path, capacity)
     if as_json:
         print_json(facts)
@@ -100,9 +101,7 @@ def _describe_bundle(folder: Path, capacity: int) -> dict[str, Any]:
     from wm_runtimes import open_bundle
 
     bundle = open_bundle(folder)
-    leaf_bytes = [
-        math.prod(leaf.concrete_shape(1, capacity, bundle.config.keep_window)) * _ITEM_BYTES[leaf.dtype] for leaf in bundle.state
-    ]
+    leaf_bytes = [math.prod(leaf.concrete_shape(1, capacity, bundle.config.keep_window)) * _ITEM_BYTES[leaf.dtype] for leaf in bundle.state]
     return {
         "kind": "bundle",
         "path": str(folder),
@@ -134,11 +133,12 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 def _lines(facts: Mapping[str, Any]) -> dict[str, str]:
     cfg = facts["config"]
+    heads = f"{cfg['n_head']} heads ({cfg['n_kv_head']} key/value) of {cfg['head_dim']}"
     lines = {
         facts["kind"]: facts.get("path", facts["name"]),
         "model": f"{facts['name']}, {human_count(facts['parameters'])} parameters ({facts['parameters']}), {facts['dtype']}",
         "layers": layer_summary(tuple((mixer, feed_forward) for mixer, feed_forward in cfg["layers"])),
-        "widths": f"model {cfg['d_model']}, hidden {cfg['d_ff']}, {cfg['n_head']} heads ({cfg['n_kv_head']} key/value) of {cfg['head_dim']}",
+        "widths": f"model {cfg['d_model']}, hidden {cfg['d_ff']}, {heads}",
         "vocabulary": f"{cfg['vocab_size']} tokens, head {'tied to' if cfg['tie_embeddings'] else 'apart from'} the embedding",
         "state": f"{human_bytes(facts['state_bytes_per_row'])} per row at capacity {facts['capacity']}",
     }

@@ -2,21 +2,25 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import typer
 
+from wm_graph.cli.arguments import AsJson
 from wm_graph.cli.console import human_count, print_json
 
 
 def command(
-    preset: str = typer.Argument(help="Name of a preset; `wm presets` lists them."),
-    output: Path = typer.Option(..., "-o", "--output", help="The new checkpoint folder."),
-    seed: int = typer.Option(0, min=0, max=2**63 - 1, help="Seed of the random parameters."),
-    dtype: Literal["fp32", "fp16", "bf16"] = typer.Option("fp32", help="Dtype of the parameters."),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+    preset: Annotated[str, typer.Argument(help="Name of a preset; `wm presets` lists them.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The new checkpoint folder.")],
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the random parameters.")] = 0,
+    dtype: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Dtype of the parameters.")] = "fp32",
+    as_json: AsJson = False,
 ) -> None:
-    """Make a checkpoint of a preset with random parameters and the byte-level tokenizer."""
+    """Make a checkpoint of a preset, with random parameters.
+
+    The byte-level tokenizer comes with it, so that text goes in and out at once.
+    """
     parameters = init_checkpoint(preset, output, seed, dtype)
     if as_json:
         print_json({"checkpoint": str(output), "preset": preset, "parameters": parameters, "dtype": dtype, "seed": seed})

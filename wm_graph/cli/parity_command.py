@@ -1,10 +1,10 @@
 """`wm parity`."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from wm_graph.cli.arguments import AsJson, BundlePath, RuntimeNames
 from wm_graph.cli.checks import available_runtimes, require_runtimes, split_names
 from wm_graph.cli.console import print_json, print_table, progress_bar, quiet_libraries
 
@@ -13,13 +13,16 @@ if TYPE_CHECKING:
 
 
 def command(
-    bundle: Path = typer.Argument(help="The bundle."),
-    runtimes: str | None = typer.Option(None, help="Runtimes, separated by commas.  [default: all that run here]"),
-    draws: int = typer.Option(64, min=1, help="Random rows, each a prompt and a few decoded tokens."),
-    seed: int = typer.Option(0, min=0, help="Seed of the draws."),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+    bundle: BundlePath,
+    runtimes: RuntimeNames = None,
+    draws: Annotated[int, typer.Option(min=1, help="Random rows, each a prompt and a few decoded tokens.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
+    as_json: AsJson = False,
 ) -> None:
-    """Measure how far runtimes are from a float64 oracle; exit code 1 if one is past its limit."""
+    """Measure how far runtimes are from a float64 oracle.
+
+    Exit code 1 says that one is past its limit.
+    """
     from wm_runtimes import RUNTIMES, open_bundle
 
     names = available_runtimes() if runtimes is None else split_names(runtimes, tuple(RUNTIMES), "runtime")

@@ -1,11 +1,10 @@
 """`wm presets`."""
 
-import typer
-
+from wm_graph.cli.arguments import AsJson
 from wm_graph.cli.console import human_count, print_json, print_table
 
 
-def command(as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
+def command(as_json: AsJson = False) -> None:
     """List the named configurations."""
     from wm_graph.presets import PRESETS
     from wm_graph.shapes import count_parameters
