@@ -133,7 +133,7 @@ def _check_types(cfg: ModelConfig) -> None:
             continue
         value = getattr(cfg, field.name)
         if not isinstance(value, allowed) or (isinstance(value, bool) and field.type is not bool):
-            raise ConfigError(f"ModelConfig: {field.name} is {value!r}, expected a value of type {field.type.__name__}")
+            raise ConfigError(f"ModelConfig: {field.name} is {value!r}, expected a value of type {allowed[0].__name__}")
 
 
 def _check_sizes(cfg: ModelConfig) -> None:

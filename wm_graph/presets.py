@@ -20,7 +20,6 @@ def _cheems(size: str, cdmoe: bool) -> ModelConfig:
     (d_model, d_ff, n_layer, heads, vocab, tied), (n_expert, n_retrieval, n_pick, d_retrieval) = _SIZES[size]
     feed_forward = "cdmoe" if cdmoe else "mlp"
     mixers = ["dynamic_mask_attention" if index % 8 == 7 else "ssd" for index in range(n_layer)]
-    retrieval = {"n_expert": n_expert, "n_retrieval_head": n_retrieval, "n_pick": n_pick, "d_retrieval": d_retrieval}
     return ModelConfig(
         name=f"cheems-{size}" + ("-moe" if cdmoe and size != "demo" else ""),
         vocab_size=vocab,
@@ -36,7 +35,10 @@ def _cheems(size: str, cdmoe: bool) -> ModelConfig:
         ssd_group=heads,
         learned_residual=True,
         tie_embeddings=tied,
-        **(retrieval if cdmoe else {}),
+        n_expert=n_expert if cdmoe else 0,
+        n_retrieval_head=n_retrieval if cdmoe else 0,
+        n_pick=n_pick if cdmoe else 0,
+        d_retrieval=d_retrieval if cdmoe else 0,
     )
 
 

@@ -180,6 +180,7 @@ def _point_to_weights(model: ir.Model, stored: dict[str, StoredTensor], weights_
                 raise ExportError(f"ONNX export: initializer {name!r} is no parameter of the weights file; the exporter changed the graph")
             continue
         place = stored[parameter]
+        assert value.const_value is not None
         shape = tuple(value.const_value.shape.numpy())
         if shape != place.shape:
             raise ExportError(f"ONNX export: {parameter!r} has shape {list(shape)}, the weights file {list(place.shape)}")
