@@ -122,8 +122,8 @@ def read_json(file: Path) -> dict[str, Any]:
     text = _read_text(file, "it belongs to the checkpoint")
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error.msg} at line {error.lineno})") from error
+    except (ValueError, RecursionError) as error:  # ValueError: bad syntax, or a number of absurd length
+        raise CheckpointError(f"{file}: not valid JSON ({str(error).splitlines()[0]}); write it again") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{file}: expected a JSON object, got {type(values).__name__}")
     return values

@@ -118,8 +118,8 @@ class ModelConfig:
         """The inverse of `to_json`."""
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"ModelConfig: not valid JSON ({error.msg} at line {error.lineno}); write it with to_json") from error
+        except (ValueError, RecursionError) as error:  # ValueError: bad syntax, or a number of absurd length
+            raise ConfigError(f"ModelConfig: not valid JSON ({str(error).splitlines()[0]}); write it with to_json") from error
         return cls.from_dict(values)
 
 
