@@ -65,6 +65,17 @@ def check_together(op: str, **named: Tensor | None) -> None:
         check_that(op, False, lambda: f"got {', '.join(given)} alone, expected all or none of {', '.join(named)}")
 
 
+def spans(total: int, elements_each: int, elements_at_once: int) -> list[tuple[int, int]]:
+    """Cut 0 .. total into (start, end) spans, each holding at most `elements_at_once` where every item makes `elements_each`.
+
+    Symbolic sizes, as in a backward pass traced by torch.compile, give a single span: a loop over them would fix the size.
+    """
+    if isinstance(total, torch.SymInt) or isinstance(elements_each, torch.SymInt):
+        return [(0, total)]
+    step = max(1, elements_at_once // max(1, elements_each))
+    return [(start, min(total, start + step)) for start in range(0, max(total, 1), step)]
+
+
 def register_reference_autograd(op: CustomOpDef, reference: Callable[..., Any]) -> None:
     """Give `op` the gradient of its reference, which the backward pass runs again from the saved inputs.
 

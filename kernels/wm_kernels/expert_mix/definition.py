@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wm_kernels._registration import acc_dtype, check_dtype, check_shapes, check_that, register_reference_autograd
+from wm_kernels._registration import acc_dtype, check_dtype, check_shapes, check_that, register_reference_autograd, spans
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 GATHERED_ELEMENTS = 2**21  # entries of one table gathered at a time: 8 MB in float32, about a core's share of cache
@@ -50,19 +50,11 @@ def expert_mix_reference(
     _check(x_BTD, expert_BTRk, weight_BTRk, down_ED, up_ED, activation)
     act = ACTIVATIONS[activation]
     x_MD, expert_MQ, weight_MQ = x_BTD.flatten(0, 1), expert_BTRk.flatten(0, 1).flatten(1), weight_BTRk.flatten(0, 1).flatten(1)
-    step = _tokens_at_once(x_MD.shape[0], expert_MQ.shape[1] * x_MD.shape[1])
     parts = [
-        _mix(x_MD[m : m + step], expert_MQ[m : m + step], weight_MQ[m : m + step], down_ED, up_ED, act, weight_inside)
-        for m in range(0, max(x_MD.shape[0], 1), step)
+        _mix(x_MD[m:end], expert_MQ[m:end], weight_MQ[m:end], down_ED, up_ED, act, weight_inside)
+        for m, end in spans(x_MD.shape[0], expert_MQ.shape[1] * x_MD.shape[1], GATHERED_ELEMENTS)
     ]
     return torch.cat(parts).view(x_BTD.shape)
-
-
-def _tokens_at_once(M: int, elements_per_token: int) -> int:
-    # A traced backward has symbolic sizes: a loop over them would fix the batch size.
-    if isinstance(M, torch.SymInt) or isinstance(elements_per_token, torch.SymInt):
-        return M
-    return max(1, GATHERED_ELEMENTS // max(1, elements_per_token))
 
 
 def _mix(

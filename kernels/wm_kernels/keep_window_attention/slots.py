@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wm_kernels._registration import acc_dtype
+from wm_kernels._registration import acc_dtype, spans
 
 MASK_ELEMENTS = 2**23  # entries of one mask held at a time
 
@@ -88,17 +88,13 @@ def keep_best(candidates: Slots, order_BKC: Tensor, position_BKC: Tensor, W: int
 
 def attend_to_best(q_BTHP: Tensor, candidates: Slots, order_BKC: Tensor | None, W: int) -> Tensor:
     """Every token attends to the W best of the slots and the tokens up to itself; without an order, to all of them."""
-    T, H, C = q_BTHP.shape[1], q_BTHP.shape[2], candidates.score_BKS.shape[2]
-    S, step = C - T, T
-    # A traced backward has symbolic sizes: a loop over them would fix the sequence length.
-    if not isinstance(T, torch.SymInt) and not isinstance(C, torch.SymInt):
-        step = max(1, MASK_ELEMENTS // max(1, q_BTHP.shape[0] * H * C))
+    (B, T, H, _), C = q_BTHP.shape, candidates.score_BKS.shape[2]
+    S = C - T
     acc = acc_dtype(q_BTHP.dtype)
     k_BKCP, v_BKCP = candidates.k_BKSP.to(acc), candidates.v_BKSP.to(acc)
     ranking = None if order_BKC is None else _Ranking(order_BKC, candidates.position_BKS[:, :, :S] >= 0)
     parts = []
-    for t in range(0, T, step):
-        end = T if step is T else min(T, t + step)
+    for t, end in spans(T, B * H * C, MASK_ELEMENTS):
         L = S + end
         visible_BKQL = _visible(candidates.position_BKS, S, t, end)
         if ranking is not None:

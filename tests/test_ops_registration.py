@@ -1,0 +1,288 @@
+"""Registration: fake kernels, autograd, the in-place forms, the errors, and torch.compile."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import wm_kernels as wm
+from wm_kernels.attention import attention_reference
+from wm_kernels.keep_window_attention import keep_window_attention_reference
+
+D = torch.float64
+B, T, H, K, P, G, N, F, W = 2, 3, 4, 2, 4, 2, 6, 2, 2
+
+
+def normal(*shape, dtype=torch.float32):
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def scan_call(tokens, state, valid, rotated, dtype=torch.float32):
+    x, b, c = normal(B, tokens, H, P, dtype=dtype), normal(B, tokens, G, N, dtype=dtype), normal(B, tokens, G, N, dtype=dtype) + 0.1
+    dt, A = normal(B, tokens, H, dtype=dtype).abs(), -normal(H, dtype=dtype).abs()
+    angles = wm.rope_angles(torch.arange(tokens).repeat(B, 1), F, 100.0, dtype == D) if rotated else ()
+    return (
+        x,
+        dt,
+        A,
+        b,
+        c,
+        *angles,
+        normal(B, H, P, N, dtype=dtype) if state else None,
+        torch.tensor([tokens, tokens - 1]) if valid else None,
+    )
+
+
+def qkv(tokens, dtype=torch.float32):
+    return normal(B, tokens, H, P, dtype=dtype), normal(B, tokens, K, P, dtype=dtype), normal(B, tokens, K, P, dtype=dtype) + 0.1
+
+
+def attention_call(tokens, state, valid, dtype=torch.float32):
+    cache = (normal(B, K, 9, P, dtype=dtype), normal(B, K, 9, P, dtype=dtype) + 0.1, torch.tensor([4, 0])) if state else (None, None, None)
+    return *qkv(tokens, dtype), *cache, torch.tensor([tokens, tokens - 1]) if valid else None
+
+
+def keep_call(tokens, state, valid, dtype=torch.float32):
+    slots = (None,) * 5
+    if state:
+        score, position = normal(B, K, W, dtype=dtype), torch.tensor([[5, 2], [-1, -1]]).unsqueeze(1).repeat(1, K, 1)
+        score = score.masked_fill(position < 0, -torch.inf)
+        slots = normal(B, K, W, P, dtype=dtype), normal(B, K, W, P, dtype=dtype) + 0.1, score, position, torch.tensor([6, 0])
+    valid_B = torch.tensor([tokens, tokens - 1]) if valid else None
+    return *qkv(tokens, dtype), normal(B, tokens, K, dtype=dtype), *slots, valid_B, W
+
+
+def plain_calls(dtype=torch.float32):
+    cos, sin = wm.rope_angles(torch.arange(T).repeat(B, 1), F, 100.0, dtype == D)
+    x, weight = normal(5, 8, dtype=dtype), normal(8, dtype=dtype)
+    expert = torch.tensor([[[[0, 3], [3, 7]]] * T] * B)
+    mix = normal(B, T, 8, dtype=dtype), expert, normal(B, T, 2, 2, dtype=dtype), normal(9, 8, dtype=dtype), normal(9, 8, dtype=dtype)
+    return {
+        "rope": (wm.rope, (normal(B, T, H, P, dtype=dtype), cos, sin)),
+        "rope part": (wm.rope, (normal(B, T, H, P + 1, dtype=dtype), cos, sin)),
+        "norm": (wm.residual_rms_norm, (x, x + 1, None, weight, 1e-6)),
+        "norm scaled": (wm.residual_rms_norm, (x, x + 1, weight + 1, weight, 1e-6)),
+        "topk": (wm.product_key_topk, (normal(B, T, 2, 2, 3, dtype=dtype), normal(2, 4, 2, 3, dtype=dtype), 2)),
+        "mix": (wm.expert_mix, (*mix, "silu", False)),
+        "mix inside": (wm.expert_mix, (*mix, "gelu", True)),
+    }
+
+
+def state_calls(tokens, state, valid, dtype=torch.float32):
+    return {
+        "scan": (wm.ssd_scan, wm.ssd_scan_, scan_call(tokens, state, valid, False, dtype)),
+        "scan rope": (wm.ssd_scan_rope, wm.ssd_scan_rope_, scan_call(tokens, state, valid, True, dtype)),
+        "attention": (wm.attention, wm.attention_, attention_call(tokens, state, valid, dtype)),
+        "keep": (wm.keep_window_attention, wm.keep_window_attention_, keep_call(tokens, state, valid, dtype)),
+    }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    # The tensors are tiny: threads only wait for each other, very long on a busy machine.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+STATE_FORMS = [(T, False, False), (T, True, True), (1, True, False)]
+
+
+def requiring_grad(call):
+    return tuple(v.clone().requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in call)
+
+
+@pytest.mark.parametrize("name", list(plain_calls()))
+def test_fake_kernel_and_autograd_agree_with_the_plain_op(name):
+    op, call = plain_calls()[name]
+    torch.library.opcheck(op, requiring_grad(call))
+
+
+def test_fake_kernel_agrees_with_rope_angles():
+    for double in (False, True):
+        torch.library.opcheck(wm.rope_angles, (torch.arange(6).view(2, 3), 4, 10000.0, double))
+
+
+@pytest.mark.parametrize("form", STATE_FORMS[:2])
+@pytest.mark.parametrize("name", list(state_calls(*STATE_FORMS[0])))
+def test_fake_kernel_and_autograd_agree_with_the_stateful_op(name, form):
+    op, in_place, call = state_calls(*form)[name]
+    # Tracing a scan with eight symbolic sizes takes ten seconds; the compiled training step below does it once.
+    dispatch = "test_aot_dispatch_static" if "scan" in name else "test_aot_dispatch_dynamic"
+    torch.library.opcheck(op, requiring_grad(call), test_utils=("test_schema", "test_autograd_registration", "test_faketensor", dispatch))
+    if form[1]:
+        torch.library.opcheck(in_place, call)
+
+
+@pytest.mark.parametrize("name", list(plain_calls()))
+def test_gradient_of_the_plain_op_is_the_derivative(name):
+    op, call = plain_calls(D)[name]
+    assert torch.autograd.gradcheck(op, requiring_grad(call), fast_mode=True)
+
+
+@pytest.mark.parametrize("form", STATE_FORMS)
+@pytest.mark.parametrize("name", ["scan", "scan rope", "attention"])
+def test_gradient_of_the_stateful_op_is_the_derivative(name, form):
+    op, _, call = state_calls(*form, D)[name]
+    assert torch.autograd.gradcheck(op, requiring_grad(call), fast_mode=True)
+
+
+@pytest.mark.parametrize("state", [False, True])
+def test_gradient_of_keep_window_attention_is_the_derivative_also_through_the_score(state):
+    call = list(keep_call(T, state, False, D))
+    if state:
+        # Full slots: the -inf scores of empty ones have no finite differences.
+        call[6], call[7] = normal(B, K, W, dtype=D), torch.tensor([5, 2]).repeat(B, K, 1)
+        call[8] = torch.tensor([6, 6])
+    call = requiring_grad(call)
+    assert torch.autograd.gradcheck(wm.keep_window_attention, call, fast_mode=True)
+    out = wm.keep_window_attention(*call)[0]
+    assert float(torch.autograd.grad(out.sum(), call[3])[0].abs().max()) > 0
+
+
+def test_gradient_of_keep_window_attention_is_finite_beside_empty_slots():
+    call = requiring_grad(keep_call(T, True, True, D))
+    out, slot_k, _, slot_score, _ = wm.keep_window_attention(*call)
+    used = slot_score > -torch.inf
+    grads = torch.autograd.grad(
+        out[:, 0].sum() + slot_k.sum() + slot_score[used].sum(), [v for v in call if getattr(v, "requires_grad", False)]
+    )
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("form", [(T, True, False), (T, True, True), (1, True, False), (1, True, True), (70, True, True)])
+@pytest.mark.parametrize("name", list(state_calls(*STATE_FORMS[0])))
+def test_in_place_form_equals_the_functional_form(name, form):
+    if name == "attention" and form[0] > 9:
+        form = (5, *form[1:])
+    op, in_place, call = state_calls(*form)[name]
+    before = [v.clone() if isinstance(v, torch.Tensor) else v for v in call]
+    out, *states = op(*call)
+    for kept, given in zip(before, call, strict=True):
+        assert kept is given or torch.equal(kept, given)
+    assert torch.equal(in_place(*call), out)
+    mutated = [argument.name for argument in in_place._opoverload._schema.arguments if argument.is_write]
+    names = [argument.name for argument in in_place._opoverload._schema.arguments]
+    assert len(mutated) == len(states)
+    for name, state in zip(mutated, states, strict=True):
+        assert torch.equal(call[names.index(name)], state)
+
+
+@pytest.mark.parametrize("form", STATE_FORMS)
+def test_attention_ops_agree_with_their_references(form):
+    valid_row = 0  # the other row may be padding, whose outputs have no meaning
+    for op, reference, call in (
+        (wm.attention, attention_reference, attention_call(*form, D)),
+        (wm.keep_window_attention, keep_window_attention_reference, keep_call(*form, D)),
+    ):
+        torch.testing.assert_close(op(*call)[0][valid_row], reference(*call)[0][valid_row])
+
+
+def test_outputs_share_no_memory_with_inputs():
+    calls = [(op, call) for op, call in plain_calls().values()]
+    for form in STATE_FORMS:
+        calls += [(op, call) for op, _, call in state_calls(*form).values()]
+    for op, call in calls:
+        outputs = op(*call)
+        given = {v.untyped_storage().data_ptr() for v in call if isinstance(v, torch.Tensor)}
+        for output in [outputs] if isinstance(outputs, torch.Tensor) else outputs:
+            assert output.numel() == 0 or output.untyped_storage().data_ptr() not in given
+            assert output.is_contiguous()
+
+
+WRONG = {
+    "rope": (
+        lambda: wm.rope(normal(2, 3, 4, 4), normal(2, 3, 3), normal(2, 3, 3)),
+        "wm::rope: 2F = 6 entries are rotated, expected at most P = 4",
+    ),
+    "rms": (
+        lambda: wm.residual_rms_norm(normal(2, 3), normal(2, 4), None, normal(3), 1e-6),
+        "wm::residual_rms_norm: residual_MD has shape (2, 4), expected (M=2, D=3)",
+    ),
+    "scan groups": (
+        lambda: wm.ssd_scan(*scan_call(T, True, False, False)[:3], normal(B, T, 3, N), normal(B, T, 3, N), None, None),
+        "wm::ssd_scan: H is 4, expected a multiple of G = 3",
+    ),
+    "scan dtype": (
+        lambda: wm.ssd_scan_(*scan_call(T, True, False, False)[:5], normal(B, H, P, N, dtype=D), None),
+        "wm::ssd_scan_: state_BHPN is torch.float64, expected torch.float32",
+    ),
+    "attention together": (
+        lambda: wm.attention(*qkv(T), normal(B, K, 9, P), normal(B, K, 9, P), None, None),
+        "wm::attention: got cache_k_BKSP, cache_v_BKSP alone, expected all or none of cache_k_BKSP, cache_v_BKSP, position_B",
+    ),
+    "keep window": (
+        lambda: wm.keep_window_attention(*keep_call(T, False, False)[:-1], 0),
+        "wm::keep_window_attention: window is 0, expected at least 1",
+    ),
+    "topk": (
+        lambda: wm.product_key_topk(normal(1, 1, 1, 2, 3), normal(1, 4, 2, 3), 5),
+        "wm::product_key_topk: k is 5, expected at most J = 4",
+    ),
+    "halves": (
+        lambda: wm.product_key_topk(normal(1, 1, 1, 3, 3), normal(1, 4, 2, 3), 2),
+        "wm::product_key_topk: query_BTR2d has shape (1, 1, 1, 3, 3), expected (B=1, T=1, R=1, 2, d)",
+    ),
+    "angles": (lambda: wm.rope_angles(torch.zeros(1, 1), 2, 10.0), "wm::rope_angles: position_BT is torch.float32, expected torch.int64"),
+}
+
+
+@pytest.mark.parametrize("name", list(WRONG))
+@pytest.mark.parametrize("fake", [False, True])
+def test_wrong_arguments_are_refused_in_one_line(name, fake):
+    call, message = WRONG[name]
+    with torch.device("meta" if fake else "cpu"), pytest.raises(RuntimeError, match=re.escape(message)) as caught:
+        call() if not fake else _on_meta(call)
+    assert "\n" not in str(caught.value)
+
+
+def _on_meta(call):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with torch.device("cpu"), FakeTensorMode():
+        call()
+
+
+def test_training_step_compiled_once_has_the_eager_gradients_at_two_lengths():
+    def loss(x, dt, A, b, c, q, k, v, score):
+        y, _ = wm.ssd_scan(x, dt, A, b, c, None, None)
+        a, *_ = wm.attention(q, k, v, None, None, None, None)
+        w, *_ = wm.keep_window_attention(q, k, v, score, None, None, None, None, None, None, 2)
+        return (y * a * w).sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for tokens, stance in ((5, "default"), (7, "fail_on_recompile")):
+        call = requiring_grad((*scan_call(tokens, False, False, False, D)[:5], *keep_call(tokens, False, False, D)[:4]))
+        for value in call:
+            if value.dim() > 1:
+                torch._dynamo.maybe_mark_dynamic(value, 1)
+        expected = torch.autograd.grad(loss(*call), call)
+        with torch.compiler.set_stance(stance):
+            gradients = torch.autograd.grad(compiled(*call), call)
+        for actual, gradient in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(actual, gradient)
+
+
+def test_ops_export_with_dynamic_sizes_and_no_guards():
+    class Step(torch.nn.Module):
+        def forward(self, x, dt, A, b, c, state, valid, q, k, v, cache_k, cache_v, position):
+            y, state = wm.ssd_scan(x, dt, A, b, c, state, valid)
+            a, cache_k, cache_v = wm.attention(q, k, v, cache_k, cache_v, position, valid)
+            return y + a, state, cache_k, cache_v
+
+    rows, tokens, cells = (torch.export.Dim(name, min=1, max=4096) for name in ("rows", "tokens", "cells"))
+    both, row = {0: rows, 1: tokens}, {0: rows}
+    shapes = (both, both, None, both, both, row, row, both, both, both, {0: rows, 2: cells}, {0: rows, 2: cells}, row)
+    call = (*scan_call(T, True, True, False), *attention_call(T, True, False)[:6])
+    program = torch.export.export(Step(), call, dynamic_shapes=shapes)
+    short = (*scan_call(1, True, True, False), *attention_call(1, True, False)[:6])
+    for actual, expected in zip(program.module()(*short), Step()(*short), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_importing_the_package_needs_torch_alone():
+    code = "import sys, wm_kernels; sys.exit(any(name in sys.modules for name in ('onnx', 'onnxscript', 'triton', 'wm_graph')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
