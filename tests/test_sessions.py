@@ -346,7 +346,7 @@ def test_an_unknown_runtime_or_option_is_refused_with_the_known_ones(toy: Path) 
         open_session(toy, runtime="tpu")
     with pytest.raises(InputError, match="unknown runtime"):
         availability("tpu")
-    with pytest.raises(InputError, match="unknown option 'fast'; it takes graph, threads, prepack, alias"):
+    with pytest.raises(InputError, match="unknown option 'fast'; it takes graph, threads, prepack, alias, spin"):
         open_session(toy, fast=True)
     for options in ({"graph": "other.onnx"}, {"threads": 0}):
         with pytest.raises(InputError, match=next(iter(options))):

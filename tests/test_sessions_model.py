@@ -149,6 +149,7 @@ def test_greedy_text_of_a_batch_equals_each_prompt_alone(session: Session, bundl
     assert together == [alone.generate([prompt], 12)[0] for prompt in prompts]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own import
 def test_compiled_agrees_with_eager_and_makes_two_graphs(bundle: Path) -> None:
     from torch._dynamo.utils import counters
 
