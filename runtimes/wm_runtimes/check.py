@@ -1,0 +1,241 @@
+"""wm check: is a bundle whole, and does every runtime that runs here reproduce its golden logits? Dense models need no torch.
+
+B rows, T tokens, V vocabulary.
+"""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from wm_graph.errors import BundleError, InputError, RuntimeUnavailableError
+from wm_runtimes import RUNTIMES, availability, open_session
+from wm_runtimes.bundle import Bundle, open_bundle
+from wm_runtimes.draws import Array, Draws, SessionRunner, Trace, run_draws
+from wm_runtimes.selections import NOTHING_CHOSEN, Judgement
+from wm_runtimes.tolerances import model_limit
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """One thing that was checked.
+
+    Attributes:
+        what: `files`, a runtime, or a property of one.
+        outputs: values compared.
+        max_abs: largest error, or difference.
+        limit: its limit.
+        choice_rate: share of choices that differ from the oracle's.
+        choice_excess: worst shortfall of a choice over its score budget; at most 1.
+        passed: everything is within its limit.
+        detail: in words, one line.
+    """
+
+    what: str
+    outputs: int
+    max_abs: float
+    limit: float
+    choice_rate: float
+    choice_excess: float
+    passed: bool
+    detail: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; numbers that are not finite become null."""
+        return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Everything that was checked of a bundle.
+
+    Attributes:
+        bundle: name of the model.
+        rows: what was checked.
+        unavailable: runtime -> why it cannot run here.
+    """
+
+    bundle: str
+    rows: tuple[CheckRow, ...]
+    unavailable: dict[str, str]
+
+    @property
+    def passed(self) -> bool:
+        """Every row passed; a runtime that cannot run here does not count."""
+        return bool(self.rows) and all(row.passed for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        rows = [row.to_dict() for row in self.rows]
+        return {"bundle": self.bundle, "passed": self.passed, "rows": rows, "unavailable": dict(self.unavailable)}
+
+
+@dataclass(frozen=True)
+class _Golden:
+    """Golden data as draws, and the oracle's logits."""
+
+    draws: Draws
+    logits_BTV: Array
+
+
+def check_bundle(path: str | os.PathLike[str], runtimes: Sequence[str] | None = None, progress: Progress | None = None) -> CheckReport:
+    """Check a bundle's files by hash and its runtimes by the golden data.
+
+    Args:
+        path: the bundle's folder.
+        runtimes: which runtimes; None means all that run here, and the report says why the others do not.
+        progress: called with what is being done and the fraction done.
+
+    Raises:
+        BundleError: the bundle is missing or damaged, or has no usable golden data.
+        InputError: a runtime is unknown.
+        RuntimeUnavailableError: a runtime named in `runtimes` cannot run here, or cannot run this bundle.
+    """
+    tell = progress or (lambda text, fraction: None)
+    tell("hashes", 0.0)
+    bundle = open_bundle(path, verify=True)
+    golden = _read_golden(bundle)
+    names, unavailable = _choose(bundle, runtimes)
+    rows = [CheckRow("files", len(bundle.files), 0.0, 0.0, 0.0, 0.0, True, f"{len(bundle.files)} files match their SHA-256")]
+    for index, name in enumerate(names):
+        tell(name, (1 + index) / (1 + len(names)))
+        rows += _check_runtime(bundle, golden, name)
+    tell("done", 1.0)
+    return CheckReport(bundle.name, tuple(rows), unavailable)
+
+
+def _choose(bundle: Bundle, runtimes: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:
+    """Runtimes to check, and why others cannot be; a runtime asked for by name must run."""
+    if runtimes is not None:
+        if not runtimes:
+            raise InputError("check: no runtime named; name at least one, or leave it to the bundle")
+        for name in runtimes:
+            _require(bundle, name)
+        return list(dict.fromkeys(runtimes)), {}
+    reasons = {name: _reason(bundle, name) for name in RUNTIMES}
+    return [name for name, reason in reasons.items() if reason is None], {name: reason for name, reason in reasons.items() if reason}
+
+
+def _require(bundle: Bundle, name: str) -> None:
+    if reason := _reason(bundle, name):
+        raise RuntimeUnavailableError(f"{name}: {reason}")
+
+
+def _reason(bundle: Bundle, name: str) -> str | None:
+    """Why a runtime cannot run this bundle here, or None."""
+    if reason := availability(name):
+        return reason
+    try:
+        model_limit(bundle.dtype, name)
+    except KeyError:
+        return f"does not run {bundle.dtype} bundles"
+    if name.startswith("onnxruntime") and not any(file.endswith(".onnx") for file in bundle.files):
+        return "the bundle has no ONNX file; add one with `wm export --into BUNDLE --targets onnx`"
+    return None
+
+
+def _read_golden(bundle: Bundle) -> _Golden:
+    """Golden data, checked.
+
+    Raises:
+        BundleError: it is missing or does not fit the model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    file = bundle.file("golden.safetensors")
+    try:
+        arrays = load_file(file)
+        tokens_BT, prefill, logits_BTV = arrays["tokens"], int(arrays["prefill"]), arrays["logits"]
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{file}: not readable golden data ({type(error).__name__}: {error}); export the bundle again") from error
+    vocab = bundle.limits.vocab_size
+    fits = tokens_BT.ndim == 2 and logits_BTV.shape == (*tokens_BT.shape, vocab) and tokens_BT.size > 0
+    if not fits or tokens_BT.dtype != np.int64 or not 1 <= prefill <= tokens_BT.shape[1]:
+        raise BundleError(
+            f"{file}: tokens {list(tokens_BT.shape)}, logits {list(logits_BTV.shape)}, prefill {prefill} do not fit; export again"
+        )
+    if not np.isfinite(logits_BTV).all():
+        raise BundleError(f"{file}: golden logits are not finite; repair the checkpoint and export again")
+    return _Golden(Draws(tokens_BT, np.full(len(tokens_BT), prefill), tokens_BT.shape[1] - prefill), logits_BTV)
+
+
+def _check_runtime(bundle: Bundle, golden: _Golden, name: str) -> list[CheckRow]:
+    """Golden logits through a runtime; for ONNX Runtime both graphs, and the state in place against the state copied."""
+    if name != "onnxruntime-cpu":
+        return [_compare(bundle, golden, name, name, _run(bundle, golden, name))]
+    rows = []
+    for graph in (file for file in ("model.ort.onnx", "model.onnx") if file in bundle.files):
+        in_place, copying = (_run(bundle, golden, name, graph=graph, alias=alias) for alias in (True, False))
+        rows.append(_compare(bundle, golden, f"{name} {graph}", name, in_place, graph=graph))
+        rows.append(_same(f"{name} {graph} in place", in_place.logits_BTV, copying.logits_BTV))
+    return rows
+
+
+def _run(bundle: Bundle, golden: _Golden, name: str, **options: Any) -> Trace:
+    batch, capacity = golden.draws.tokens_BT.shape
+    with open_session(bundle, name, batch, capacity, **options) as session:
+        return run_draws(SessionRunner(session), golden.draws)
+
+
+def _compare(bundle: Bundle, golden: _Golden, what: str, name: str, trace: Trace, **options: Any) -> CheckRow:
+    limits = model_limit(bundle.dtype, name)
+    limit = limits.max_abs * max(1.0, float(np.sqrt(np.square(golden.logits_BTV).mean())))
+    expected_BTV, verdict = golden.logits_BTV, NOTHING_CHOSEN
+    max_abs = _max_abs(trace.logits_BTV, expected_BTV)
+    if np.isfinite(max_abs) and not max_abs <= limit and _chooses(bundle, golden):
+        # Another choice than the oracle's may explain it; following that choice takes torch.
+        expected_BTV, verdict = _follow(bundle, golden, name, options)
+        max_abs = _max_abs(trace.logits_BTV, expected_BTV)
+    passed = max_abs <= limit and verdict.passed and verdict.rate <= max(limits.choice_rate, _one_choice(verdict))
+    detail = f"golden logits: max abs {max_abs:.3g}, limit {limit:.3g}"
+    if verdict.differing:
+        detail += f"; {verdict.differing} of {verdict.chosen} choices differ, at {verdict.excess:.3g} of their budget"
+    return CheckRow(what, trace.logits_BTV.size, max_abs, limit, verdict.rate, verdict.excess, passed, detail)
+
+
+def _one_choice(verdict: Judgement) -> float:
+    """Golden data is short: a single differing choice inside its budget is never over the rate."""
+    return 1.0 / verdict.chosen if verdict.chosen else 0.0
+
+
+def _chooses(bundle: Bundle, golden: _Golden) -> bool:
+    """Whether the model selects anything on the golden rows."""
+    dense = all(feed_forward != "cdmoe" for _, feed_forward in bundle.config.layers)
+    windows = any(mixer == "dynamic_mask_attention" for mixer, _ in bundle.config.layers)
+    return not dense or (windows and golden.draws.tokens_BT.shape[1] > bundle.config.keep_window)
+
+
+def _follow(bundle: Bundle, golden: _Golden, name: str, options: dict[str, Any]) -> tuple[Array, Judgement]:
+    """The logits of an oracle that makes the runtime's choices, and the verdict on them."""
+    from wm_graph.checkpoints import load_tensors
+    from wm_graph.params import params_from_flat
+    from wm_runtimes.choices import TellingSession, choice_names
+    from wm_runtimes.parity import Oracle
+
+    params = params_from_flat(bundle.config, load_tensors(bundle.path))
+    batch, capacity = golden.draws.tokens_BT.shape
+    oracle = Oracle(bundle.config, params, bundle.dtype)
+    with open_session(bundle, name, batch, capacity, **options) as session:
+        told = TellingSession(session, choice_names(bundle.config, capacity), options).run(golden.draws)
+    return oracle.follow(golden.draws, oracle.run(golden.draws), told.choices)
+
+
+def _same(what: str, first: Array, second: Array) -> CheckRow:
+    """Two results that must be equal bit by bit."""
+    difference = _max_abs(first, second)
+    equal = bool(np.array_equal(first, second))
+    detail = (
+        "state in place and state copied give equal logits" if equal else f"state in place differs from state copied by {difference:.3g}"
+    )
+    return CheckRow(what, first.size, difference, 0.0, 0.0, 0.0, equal, detail)
+
+
+def _max_abs(values: Array, expected: Array) -> float:
+    """Largest difference; NaN if there is any."""
+    return float(np.abs(values.astype(np.float64) - expected).max())

@@ -1,0 +1,131 @@
+"""Random token draws and what a runtime answers to them: prefill of unequal prompts, then decode steps. Needs no torch.
+
+B rows, T tokens of a whole row (prompt and decoded), P longest prompt, S selected tokens, V vocabulary.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from wm_graph.errors import InputError
+from wm_runtimes.session import Session
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Choices = Mapping[str, Array]
+_LOGITS_AT_ONCE = 2**25
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Rows of tokens that are run together: row b is a prompt of valid_B[b] tokens, then `steps` single tokens, then padding.
+
+    Attributes:
+        tokens_BT: the rows, int64; T = longest prompt + steps.
+        valid_B: prompt lengths.
+        steps: decode steps.
+    """
+
+    tokens_BT: Array
+    valid_B: Array
+    steps: int
+
+    @property
+    def mask_BT(self) -> Array:
+        """Which tokens count."""
+        mask: Array = np.arange(self.tokens_BT.shape[1]) < self.valid_B[:, None] + self.steps
+        return mask
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A runtime's answer to some draws, aligned with their rows.
+
+    Attributes:
+        logits_BTV: logits after every token; without meaning where the mask is false.
+        choices: tap name -> what the runtime chose, or chose by, [B, T, ...]; zero where the mask is false.
+        step_seconds: wall time of each decode step.
+    """
+
+    logits_BTV: Array
+    choices: Choices
+    step_seconds: tuple[float, ...]
+
+
+class Runner(Protocol):
+    """Something that can be fed draws: a session, or a run that also tells its choices."""
+
+    def prefill(self, tokens_BT: Array, valid_B: Array, select_BS: Array) -> tuple[Array, Choices]:
+        """Start anew; logits [B, S, V] and the choices made [B, T, ...]."""
+
+    def decode(self, tokens_B: Array) -> tuple[Array, Choices]:
+        """One token per row; logits [B, V] and the choices made [B, 1, ...]."""
+
+
+class SessionRunner:
+    """A session as a runner; it tells no choices."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def prefill(self, tokens_BT: Array, valid_B: Array, select_BS: Array) -> tuple[Array, Choices]:
+        """See `Runner`."""
+        self.session.reset()
+        return self.session.prefill(tokens_BT, valid_B, select=select_BS), {}
+
+    def decode(self, tokens_B: Array) -> tuple[Array, Choices]:
+        """See `Runner`."""
+        return self.session.decode(tokens_B), {}
+
+
+def make_draws(vocab_size: int, draws: int, seed: int, longest_prompt: int, steps: int) -> list[Draws]:
+    """At least `draws` random rows, in groups of equal size; the first two have prompts of the longest length and of 1.
+
+    Raises:
+        InputError: a count is out of range.
+    """
+    for name, value, least in (("draws", draws, 1), ("longest_prompt", longest_prompt, 1), ("decode_steps", steps, 0)):
+        if value < least:
+            raise InputError(f"parity: {name} is {value}, expected at least {least}")
+    length = longest_prompt + steps
+    rows = min(8, draws, max(1, _LOGITS_AT_ONCE // (length * vocab_size)))
+    generator = np.random.default_rng(seed)
+    groups = -(-draws // rows)
+    valid_GB = generator.integers(1, longest_prompt + 1, (groups, rows))
+    valid_GB.flat[:2] = (longest_prompt, 1)[: valid_GB.size]
+    tokens_GBT = generator.integers(0, vocab_size, (groups, rows, length))
+    made = [Draws(tokens_BT, valid_B, steps) for tokens_BT, valid_B in zip(tokens_GBT, valid_GB, strict=True)]
+    for group in made:
+        group.tokens_BT[~group.mask_BT] = 0
+    return made
+
+
+def run_draws(runner: Runner, draws: Draws) -> Trace:
+    """Feed draws to a runner: one prefill of the longest prompt, then the decode steps of all rows together."""
+    valid_B, rows = draws.valid_B, np.arange(len(draws.valid_B))
+    prompt_BP = draws.tokens_BT[:, : valid_B.max()]
+    select_BP = np.minimum(np.arange(prompt_BP.shape[1]), valid_B[:, None] - 1)
+    first_BPV, choices = runner.prefill(prompt_BP, valid_B, select_BP)
+    parts = [{"logits": first_BPV, **choices}]
+    seconds = []
+    for step in range(draws.steps):
+        start = time.perf_counter()
+        logits_BV, choices = runner.decode(draws.tokens_BT[rows, valid_B + step])
+        seconds.append(time.perf_counter() - start)
+        parts.append({"logits": logits_BV[:, None], **choices})
+    aligned = {name: _align(draws, [part[name] for part in parts]) for name in parts[0]}
+    logits_BTV = aligned.pop("logits")
+    return Trace(logits_BTV, aligned, tuple(seconds))
+
+
+def _align(draws: Draws, parts: list[Array]) -> Array:
+    """Prefill values [B, P, ...] and step values [B, 1, ...] -> [B, T, ...] in the order of each row's tokens."""
+    rows = np.arange(len(draws.valid_B))
+    out = np.zeros((*draws.tokens_BT.shape, *parts[0].shape[2:]), parts[0].dtype)
+    prompt_BP = np.arange(parts[0].shape[1]) < draws.valid_B[:, None]
+    out[:, : prompt_BP.shape[1]][prompt_BP] = parts[0][prompt_BP]
+    for step, part in enumerate(parts[1:]):
+        out[rows, draws.valid_B + step] = part[:, 0]
+    return out

@@ -1,0 +1,307 @@
+"""How far a runtime is from the float64 oracle, and whether that is within the limits of `tolerances.py`.
+
+    R = rms(runtime - oracle) / max(rms(eager - oracle), a few u of the oracle's scale), pooled over random draws
+
+Where a model chooses (experts, kept keys), a runtime's choices are judged as sets (`selections.py`), and its values are compared with an
+oracle that made the same choices.
+
+B rows, T tokens, V vocabulary, R retrieval heads, K kv heads, k picks.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from wm_graph.checkpoints import load_tensors
+from wm_graph.config import ModelConfig
+from wm_graph.errors import BudgetError, InputError, RuntimeUnavailableError
+from wm_graph.oracle import oracle_forward
+from wm_graph.params import CdmoeParams, Params, params_from_flat
+from wm_graph.taps import Taps
+from wm_runtimes import availability, open_session
+from wm_runtimes.bundle import Bundle
+from wm_runtimes.choices import EagerRunner, TellingSession, choice_names
+from wm_runtimes.draws import Array, Choices, Draws, Trace, make_draws, run_draws
+from wm_runtimes.selections import NOTHING_CHOSEN, Judgement, judge_experts, judge_window
+from wm_runtimes.session import Session
+from wm_runtimes.tolerances import FLOOR_ULPS, UNIT_ROUNDOFF, model_limit, score_budget
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class ParityRow:
+    """One runtime's distance from the oracle.
+
+    Attributes:
+        runtime: which runtime.
+        dtype: dtype of the bundle.
+        outputs: logits compared.
+        R: rms error over eager's.
+        R_limit: its limit.
+        max_abs: largest error of one logit.
+        max_abs_limit: its limit, at the scale of these logits.
+        choice_rate: share of choices that differ from the oracle's.
+        choice_rate_limit: its limit.
+        choice_excess: worst shortfall of a choice over its score budget; at most 1.
+        tokens_per_s: tokens decoded per second, all rows together.
+    """
+
+    runtime: str
+    dtype: str
+    outputs: int
+    R: float
+    R_limit: float
+    max_abs: float
+    max_abs_limit: float
+    choice_rate: float
+    choice_rate_limit: float
+    choice_excess: float
+    tokens_per_s: float
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """What is over its limit, in words; NaN is over every limit."""
+        checks = (
+            ("R", self.R, self.R_limit),
+            ("max abs", self.max_abs, self.max_abs_limit),
+            ("differing choices", self.choice_rate, self.choice_rate_limit),
+            ("choice shortfall over budget", self.choice_excess, 1.0),
+        )
+        return tuple(f"{name} {value:.4g} > {limit:.4g}" for name, value, limit in checks if not value <= limit)
+
+    @property
+    def passed(self) -> bool:
+        """Everything is within its limit, and something was compared."""
+        return self.outputs > 0 and not self.failures
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; numbers that are not finite become null."""
+        values = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in asdict(self).items()}
+        return values | {"passed": self.passed, "failures": list(self.failures)}
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Parity of a bundle's runtimes.
+
+    Attributes:
+        bundle: name of the model.
+        draws: random rows per runtime.
+        tokens: tokens per runtime that count.
+        eager_rms: rms error of eager, R's denominator.
+        scale: rms of the oracle's logits.
+        rows: one per runtime.
+    """
+
+    bundle: str
+    draws: int
+    tokens: int
+    eager_rms: float
+    scale: float
+    rows: tuple[ParityRow, ...]
+
+    @property
+    def passed(self) -> bool:
+        """There are rows and every one passed."""
+        return bool(self.rows) and all(row.passed for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        numbers = {name: value if math.isfinite(value) else None for name, value in (("eager_rms", self.eager_rms), ("scale", self.scale))}
+        head = {"bundle": self.bundle, "draws": self.draws, "tokens": self.tokens, **numbers, "passed": self.passed}
+        return head | {"rows": [row.to_dict() for row in self.rows]}
+
+
+@dataclass
+class _Sums:
+    """What is pooled over draws for one runtime."""
+
+    squares: float = 0.0
+    count: int = 0
+    max_abs: float = 0.0
+    judgement: Judgement = NOTHING_CHOSEN
+
+    def add(self, error_NV: Array, judgement: Judgement) -> None:
+        """Pool the errors of some logits; NaN stays NaN."""
+        self.squares += float(np.square(error_NV).sum())
+        self.count += error_NV.size
+        self.max_abs = float(np.maximum(self.max_abs, np.abs(error_NV).max(initial=0.0)))
+        self.judgement = self.judgement + judgement
+
+    @property
+    def rms(self) -> float:
+        """Root mean square of the errors."""
+        return math.sqrt(self.squares / self.count) if self.count else math.nan
+
+
+class Oracle:
+    """The float64 oracle of a bundle's weights, and its opinion about a runtime's choices.
+
+    Args:
+        cfg: the model.
+        params: its parameters as stored.
+        dtype: name of the stored dtype, which sets the score budgets.
+    """
+
+    def __init__(self, cfg: ModelConfig, params: Params, dtype: str) -> None:
+        self.cfg, self.params, self.dtype = cfg, params, dtype
+
+    def follow(self, draws: Draws, own: Trace, choices: Choices) -> tuple[Array, Judgement]:
+        """The oracle's logits when it makes the given choices, and the verdict on them; `own` is `run(draws)`."""
+        if not choices:
+            return own.logits_BTV, NOTHING_CHOSEN
+        verdict = self.judge(draws, own.choices, choices)
+        if not verdict.differing and verdict.passed:
+            return own.logits_BTV, verdict
+        # A choice in one layer moves the scores of the next: only an oracle that follows can judge them all.
+        followed = self.run(draws, choices)
+        return followed.logits_BTV, self.judge(draws, followed.choices, choices)
+
+    def run(self, draws: Draws, replay: Choices | None = None) -> Trace:
+        """Logits after every token, and the oracle's queries, scores and experts; float64."""
+        wanted = set(choice_names(self.cfg, draws.tokens_BT.shape[1]))
+        wanted |= {_query_name(name) for name in wanted if name.endswith(".expert")}
+        taps = Taps({name: torch.from_numpy(self._possible(name, value)) for name, value in (replay or {}).items()}, wanted.__contains__)
+        logits_BTV, _ = oracle_forward(self.cfg, self.params, torch.from_numpy(draws.tokens_BT), taps=taps)
+        return Trace(logits_BTV.numpy(), {name: value.numpy() for name, value in taps.values.items()}, ())
+
+    def judge(self, draws: Draws, own: Choices, choices: Choices) -> Judgement:
+        """The verdict on all choices of the draws, by the oracle's queries and scores in `own`."""
+        verdict = NOTHING_CHOSEN
+        for name, value in choices.items():
+            if name.endswith(".expert"):
+                budget = score_budget("product_key_topk", self.dtype).relative
+                verdict += judge_experts(own[_query_name(name)], self._keys(name), value, budget, draws.mask_BT)
+            else:
+                budget = score_budget("keep_window_attention", self.dtype).relative
+                verdict += judge_window(own[name], value, self.cfg.keep_window, budget, draws.mask_BT)
+        return verdict
+
+    def _possible(self, name: str, value: Array) -> Array:
+        """Choices that can be replayed: experts out of range, which the judgement refuses, are brought back into it."""
+        return np.clip(value, 0, self.cfg.n_expert - 1) if name.endswith(".expert") else value
+
+    def _keys(self, name: str) -> Array:
+        feed_forward = self.params.layers[int(name.split(".")[1])].feed_forward
+        assert isinstance(feed_forward, CdmoeParams)
+        return feed_forward.keys.detach().double().numpy()
+
+
+def _query_name(expert_name: str) -> str:
+    return expert_name.removesuffix("expert") + "query_in"
+
+
+def measure_parity(
+    bundle: Bundle,
+    runtimes: Sequence[str],
+    draws: int = 64,
+    seed: int = 0,
+    progress: Progress | None = None,
+    *,
+    longest_prompt: int = 80,
+    decode_steps: int = 8,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> ParityReport:
+    """Run the same random tokens through runtimes, eager and the float64 oracle, prefill and decode, and compare all logits.
+
+    Args:
+        bundle: an open bundle.
+        runtimes: names of runtimes.
+        draws: random rows, of prompts from 1 to `longest_prompt` tokens.
+        seed: of the draws.
+        progress: called with what is being done and the fraction done.
+        longest_prompt: tokens of the longest prompt.
+        decode_steps: single tokens after each prompt.
+        options: runtime -> options of its session.
+
+    Raises:
+        InputError: no runtime is named, one is unknown, or a count is out of range.
+        RuntimeUnavailableError: a runtime cannot run here.
+        BudgetError: nothing was compared.
+    """
+    if not runtimes:
+        raise InputError("parity: no runtime named; name at least one")
+    for name in runtimes:
+        if reason := availability(name):
+            raise RuntimeUnavailableError(f"{name}: {reason}")
+    groups = make_draws(bundle.limits.vocab_size, draws, seed, longest_prompt, decode_steps)
+    params = params_from_flat(bundle.config, load_tensors(bundle.path))
+    measurement = _Measurement(bundle, params, groups, list(dict.fromkeys(runtimes)), options or {})
+    return measurement.run(progress or (lambda text, fraction: None))
+
+
+class _Measurement:
+    """One call of `measure_parity`: its runners, and the sums they fill group by group."""
+
+    def __init__(
+        self, bundle: Bundle, params: Params, groups: list[Draws], runtimes: list[str], options: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        self.bundle, self.params, self.groups, self.runtimes, self.options = bundle, params, groups, runtimes, options
+        self.batch, self.capacity = groups[0].tokens_BT.shape
+        self.names = choice_names(bundle.config, self.capacity)
+        self.oracle = Oracle(bundle.config, params, bundle.dtype)
+        self.eager, self.sums = _Sums(), {name: _Sums() for name in runtimes}
+        self.scale_squares = 0.0
+        self.seconds: dict[str, list[float]] = {name: [] for name in runtimes}
+
+    def run(self, progress: Progress) -> ParityReport:
+        """Measure every group, then divide."""
+        yardstick = EagerRunner(self.bundle.config, self.params, self.capacity, self.names)
+        sessions = {name: self._open(name) for name in self.runtimes}
+        telling = {name: TellingSession(session, self.names, self.options.get(name, {})) for name, session in sessions.items()}
+        stages = len(self.groups) * (1 + len(self.runtimes))
+        for index, draws in enumerate(self.groups):
+            done = index * (1 + len(self.runtimes))
+            progress(f"oracle and eager, {index + 1} of {len(self.groups)}", done / stages)
+            own, eager = self.oracle.run(draws), run_draws(yardstick, draws)
+            self._add(self.eager, draws, own, eager)
+            self.scale_squares += float(np.square(own.logits_BTV[draws.mask_BT]).sum())
+            for place, (name, teller) in enumerate(telling.items()):
+                progress(f"{name}, {index + 1} of {len(self.groups)}", (done + 1 + place) / stages)
+                trace = teller.run(draws)
+                self._add(self.sums[name], draws, own, trace)
+                self.seconds[name] += trace.step_seconds
+        for session in sessions.values():
+            session.close()
+        return self._report()
+
+    def _open(self, name: str) -> Session:
+        return open_session(self.bundle, name, self.batch, self.capacity, **self.options.get(name, {}))
+
+    def _add(self, sums: _Sums, draws: Draws, own: Trace, trace: Trace) -> None:
+        expected_BTV, judgement = self.oracle.follow(draws, own, trace.choices)
+        mask_BT = draws.mask_BT
+        sums.add(trace.logits_BTV[mask_BT].astype(np.float64) - expected_BTV[mask_BT], judgement)
+
+    def _report(self) -> ParityReport:
+        if not self.eager.count or not all(sums.count for sums in self.sums.values()):
+            raise BudgetError("parity: no outputs in common, nothing was compared")
+        scale = math.sqrt(self.scale_squares / self.eager.count)
+        floor = FLOOR_ULPS * UNIT_ROUNDOFF[self.bundle.dtype] * scale
+        below = float(np.maximum(self.eager.rms, floor))
+        rows = tuple(self._row(name, sums, below, scale) for name, sums in self.sums.items())
+        tokens = sum(int(draws.mask_BT.sum()) for draws in self.groups)
+        return ParityReport(self.bundle.name, self.batch * len(self.groups), tokens, self.eager.rms, scale, rows)
+
+    def _row(self, name: str, sums: _Sums, below: float, scale: float) -> ParityRow:
+        limit = model_limit(self.bundle.dtype, name)
+        seconds = self.seconds[name]
+        return ParityRow(
+            runtime=name,
+            dtype=self.bundle.dtype,
+            outputs=sums.count,
+            R=sums.rms / below if below else (0.0 if sums.rms == 0 else math.inf),
+            R_limit=limit.R,
+            max_abs=sums.max_abs,
+            max_abs_limit=limit.max_abs * max(1.0, scale),
+            choice_rate=sums.judgement.rate,
+            choice_rate_limit=limit.choice_rate,
+            choice_excess=sums.judgement.excess,
+            tokens_per_s=self.batch / median(seconds) if seconds else 0.0,
+        )

@@ -1,0 +1,198 @@
+"""Judging choices as sets: a choice may differ from the oracle's only where the oracle's margin is inside the score budget. Needs no torch.
+
+B batch, T tokens, K kv heads, R retrieval heads, J sub-keys, d half a query's width, k picks, W kept keys, S steps, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from wm_graph.errors import InputError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the oracle says about a runtime's choices.
+
+    Attributes:
+        chosen: choices made.
+        differing: choices that are not the oracle's.
+        excess: largest shortfall of a choice, in units of its score budget; inf for choices that cannot be (repeated, out of range).
+    """
+
+    chosen: int
+    differing: int
+    excess: float
+
+    @property
+    def passed(self) -> bool:
+        """Every differing choice is inside the budget."""
+        return self.excess <= 1.0
+
+    @property
+    def rate(self) -> float:
+        """Share of choices that differ; 0 where none was made."""
+        return self.differing / self.chosen if self.chosen else 0.0
+
+    def __add__(self, other: "Judgement") -> "Judgement":
+        return Judgement(self.chosen + other.chosen, self.differing + other.differing, float(np.fmax(self.excess, other.excess)))
+
+
+NOTHING_CHOSEN = Judgement(0, 0, 0.0)
+
+
+def judge_experts(query_BTR2d: Array, keys_RJ2d: Array, expert_BTRk: Array, budget: float, mask_BT: Array | None = None) -> Judgement:
+    """Judge the picks of `product_key_topk` by the oracle's query and keys.
+
+        shortfall = (k-th best of all scores) - (worst score among the candidate's picks)
+
+    A pick passes where shortfall <= budget * (|q_x| max|k_x| + |q_y| max|k_y|), and the k picks of a head are distinct experts.
+
+    Args:
+        query_BTR2d: the oracle's queries, float64.
+        keys_RJ2d: the keys.
+        expert_BTRk: the candidate's picks.
+        budget: fraction of the scores' scale; `tolerances.score_budget`.
+        mask_BT: tokens that count; None for all.
+    """
+    half_BTR2J, scale_BTR = _half_scores(query_BTR2d, keys_RJ2d)
+    J, k = half_BTR2J.shape[-1], expert_BTRk.shape[-1]
+    best_BTRk, least_BTR = _best_experts(half_BTR2J, k)
+    possible_BTR = ((expert_BTRk >= 0) & (expert_BTRk < J * J)).all(-1) & _distinct(expert_BTRk)
+    pick_BTRk = np.clip(expert_BTRk, 0, J * J - 1)
+    x_BTRk = np.take_along_axis(half_BTR2J[..., 0, :], pick_BTRk // J, -1)
+    y_BTRk = np.take_along_axis(half_BTR2J[..., 1, :], pick_BTRk % J, -1)
+    shortfall_BTR = least_BTR - (x_BTRk + y_BTRk).min(-1)
+    excess_BTR = np.where(possible_BTR, _in_budgets(shortfall_BTR, budget * scale_BTR), np.inf)
+    new_BTRk = ~(expert_BTRk[..., :, None] == best_BTRk[..., None, :]).any(-1)
+    counts_BT = np.ones(expert_BTRk.shape[:2], bool) if mask_BT is None else mask_BT
+    return _pooled(excess_BTR[counts_BT], int(counts_BT.sum()) * expert_BTRk.shape[2] * k, int(new_BTRk[counts_BT].sum()))
+
+
+def judge_window(score_BTK: Array, candidate_BTK: Array, window: int, budget: float, mask_BT: Array | None = None) -> Judgement:
+    """Judge the keys that `keep_window_attention` keeps when ranked by the candidate's scores, by the oracle's scores.
+
+        shortfall = (best oracle score the candidate dropped) - (worst oracle score it kept instead), per query and kv head
+
+    A query passes where shortfall <= budget * max |score of a visible key|.
+
+    Args:
+        score_BTK: the oracle's score of every key, in order of position.
+        candidate_BTK: the candidate's.
+        window: keys kept (W).
+        budget: fraction of the scores' scale; `tolerances.score_budget`.
+        mask_BT: queries that count (a masked query's key must be masked too, or be later than every query that counts); None for all.
+    """
+    own_BKTS, made_BKTS = kept_keys(score_BTK, window), kept_keys(candidate_BTK, window)
+    if mask_BT is not None:
+        own_BKTS, made_BKTS = (kept & mask_BT[:, None, :, None] for kept in (own_BKTS, made_BKTS))
+    key_BK1S = np.moveaxis(score_BTK, -1, 1)[:, :, None, :]
+    dropped_BKT = np.where(own_BKTS & ~made_BKTS, key_BK1S, -np.inf).max(-1)
+    taken_BKT = np.where(made_BKTS & ~own_BKTS, key_BK1S, np.inf).min(-1)
+    differs_BKT = np.isfinite(dropped_BKT)
+    scale_BKT = np.maximum.accumulate(np.abs(key_BK1S[:, :, 0]), -1)
+    shortfall = (dropped_BKT - taken_BKT)[differs_BKT]
+    return _pooled(_in_budgets(shortfall, budget * scale_BKT[differs_BKT]), int(made_BKTS.sum()), int((made_BKTS & ~own_BKTS).sum()))
+
+
+def kept_keys(score_BTK: Array, window: int) -> Array:
+    """Which keys each query attends to: the W best at or before it, by larger score, then later position.
+
+    Bool [B, K, T queries, T keys].
+    """
+    score_BKT = np.moveaxis(score_BTK, -1, 1)
+    count = score_BKT.shape[-1]
+    later = np.arange(count)
+    visible_TS = later[:, None] >= later[None, :]
+    if count <= window:
+        return np.broadcast_to(visible_TS, (*score_BKT.shape, count))
+    # A key is kept while fewer than W visible keys rank above it.
+    key, other = score_BKT[..., :, None], score_BKT[..., None, :]
+    above_BKSO = (other > key) | ((other == key) & (later[None, :] > later[:, None]))
+    ranked_BKTS = np.cumsum(above_BKSO, -1).swapaxes(-1, -2)
+    kept: Array = visible_TS & (ranked_BKTS < window)
+    return kept
+
+
+@dataclass(frozen=True)
+class GreedyAgreement:
+    """Two greedy continuations of one prompt, compared.
+
+    Attributes:
+        steps: steps compared: those before the first one whose oracle margin is under the budget.
+        difference: first of these steps where the tokens differ, or None.
+    """
+
+    steps: int
+    difference: int | None
+
+    @property
+    def passed(self) -> bool:
+        """At least one step was compared and none differs."""
+        return self.steps > 0 and self.difference is None
+
+
+def greedy_agreement(first: Sequence[int], second: Sequence[int], oracle_SV: Array, budget: float) -> GreedyAgreement:
+    """Compare two greedy texts up to the first step where the oracle itself cannot tell its two best tokens apart.
+
+    Args:
+        first: tokens of one runtime.
+        second: tokens of the other.
+        oracle_SV: the oracle's logits at each step, given the prompt and the tokens of `first` before that step.
+        budget: a step counts where (best - second best) >= budget * max(1, rms of the logits); `tolerances.score_budget("argmax", ...)`.
+
+    Raises:
+        InputError: there are fewer logits than tokens.
+    """
+    longest = max(len(first), len(second))
+    if len(oracle_SV) < longest:
+        raise InputError(f"greedy_agreement: {len(oracle_SV)} steps of logits for {longest} tokens; give the logits of every step")
+    top_S2 = np.sort(np.asarray(oracle_SV[:longest], np.float64), -1)[:, -2:]
+    scale_S = np.maximum(1.0, np.sqrt(np.mean(np.square(oracle_SV[:longest]), -1)))
+    unsafe = np.flatnonzero(~(top_S2[:, 1] - top_S2[:, 0] >= budget * scale_S))
+    steps = int(unsafe[0]) if len(unsafe) else longest
+    pairs = list(zip(first, second, strict=False))[:steps]
+    differing = [step for step, (one, other) in enumerate(pairs) if one != other]
+    if not differing and len(pairs) < steps:
+        differing = [len(pairs)]  # one text ended where the other went on
+    return GreedyAgreement(steps, differing[0] if differing else None)
+
+
+def _half_scores(query_BTR2d: Array, keys_RJ2d: Array) -> tuple[Array, Array]:
+    """Every sub-key's score [B, T, R, 2, J], and the experts' scale [B, T, R]."""
+    query, keys = query_BTR2d.astype(np.float64), keys_RJ2d.astype(np.float64)
+    half_BTR2J = np.matmul(np.moveaxis(keys, 1, 2), query[..., None])[..., 0]
+    longest_R2 = np.linalg.norm(keys, axis=-1).max(1)
+    return half_BTR2J, (np.linalg.norm(query, axis=-1) * longest_R2).sum(-1)
+
+
+def _best_experts(half_BTR2J: Array, k: int) -> tuple[Array, Array]:
+    """The k best experts, ties to the lower index, and the score of the last of them."""
+    best_BTR2k = np.sort(np.argsort(-half_BTR2J, axis=-1, kind="stable")[..., :k], -1)
+    top_BTR2k = np.take_along_axis(half_BTR2J, best_BTR2k, -1)
+    # The k best of all J² sums lie among the k² sums of the best halves; sorted halves keep the grid in order of expert index.
+    grid = (top_BTR2k[..., 0, :, None] + top_BTR2k[..., 1, None, :]).reshape(*top_BTR2k.shape[:3], -1)
+    expert_grid = (best_BTR2k[..., 0, :, None] * half_BTR2J.shape[-1] + best_BTR2k[..., 1, None, :]).reshape(grid.shape)
+    pick_BTRk = np.argsort(-grid, axis=-1, kind="stable")[..., :k]
+    return np.take_along_axis(expert_grid, pick_BTRk, -1), np.take_along_axis(grid, pick_BTRk[..., -1:], -1)[..., 0]
+
+
+def _distinct(index: Array) -> Array:
+    """Whether the last axis holds no number twice."""
+    distinct: Array = (np.diff(np.sort(index, -1), axis=-1) != 0).all(-1)
+    return distinct
+
+
+def _in_budgets(shortfall: Array, allowed: Array) -> Array:
+    """Shortfall over budget; a shortfall of 0 is 0 whatever the budget, one that is no number is inf."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(shortfall <= 0, 0.0, shortfall / allowed)
+    return np.where(np.isnan(ratio), np.inf, ratio)
+
+
+def _pooled(excess: Array, chosen: int, differing: int) -> Judgement:
+    return Judgement(chosen, differing, float(excess.max(initial=0.0)))

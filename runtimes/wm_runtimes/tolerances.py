@@ -1,0 +1,213 @@
+"""Every limit of the project, in one table: op × dtype × runtime, whole models, choices. Needs no torch.
+
+`python -m wm_runtimes.tolerances > docs/tolerances.md` renders it; a limit that is exceeded fails, it never warns.
+
+u is the unit roundoff of a dtype: half the gap between 1 and the next larger number.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+UNIT_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+RUNTIME_DTYPES = {
+    "eager": ("float32", "float16", "bfloat16"),
+    "compiled": ("float32", "float16", "bfloat16"),
+    "onnxruntime-cpu": ("float32", "float16"),
+}
+FLOOR_ULPS = 2.0  # R's denominator is at least this many u of the output's scale, so that a lucky eager run condemns nobody
+
+
+@dataclass(frozen=True)
+class OpLimit:
+    """Largest error of one op fed with exact inputs of its dtype.
+
+    max |runtime - float64 reference| <= ulps * u * scale, where scale is the largest |value| of that output in the reference.
+
+    Attributes:
+        op: name without `wm::`.
+        dtype: dtype of the op's inputs.
+        runtime: a key of `RUNTIME_DTYPES`.
+        ulps: the limit in units of u(dtype) * scale.
+        reason: why it is as large as it is.
+    """
+
+    op: str
+    dtype: str
+    runtime: str
+    ulps: float
+    reason: str
+
+    @property
+    def relative(self) -> float:
+        """The limit as a fraction of the output's scale."""
+        return self.ulps * UNIT_ROUNDOFF[self.dtype]
+
+
+@dataclass(frozen=True)
+class ModelLimit:
+    """Limits of a whole model's logits.
+
+    Attributes:
+        dtype: the model's dtype.
+        runtime: a key of `RUNTIME_DTYPES`.
+        R: rms error against the float64 oracle, over that of eager at the same dtype.
+        max_abs: largest error of one logit, for logits of rms 1 or less; larger logits scale it by their rms.
+        choice_rate: largest share of choices that differ from the oracle's, each of them within its score budget.
+        reason: where the numbers come from.
+    """
+
+    dtype: str
+    runtime: str
+    R: float
+    max_abs: float
+    choice_rate: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class ScoreBudget:
+    """How much worse, by the oracle's own scores, a choice may be than the one that it displaced.
+
+    Attributes:
+        op: a selecting op, or `argmax` for greedy decoding.
+        dtype: the model's dtype.
+        ulps: the budget in units of u(dtype) * scale.
+        scale: what the scale of a score is.
+        reason: where the number comes from.
+    """
+
+    op: str
+    dtype: str
+    ulps: float
+    scale: str
+    reason: str
+
+    @property
+    def relative(self) -> float:
+        """The budget as a fraction of the scores' scale."""
+        return self.ulps * UNIT_ROUNDOFF[self.dtype]
+
+
+# op: ulps in float32, ulps in a half-precision dtype, reason
+_OPS: dict[str, tuple[float, float, str]] = {
+    "rope_angles": (4, 4, "two float64-built tables joined by angle addition, rounded to float32 whatever the model's dtype"),
+    "rope": (4, 4, "two products and a sum"),
+    "residual_rms_norm": (8, 4, "a sum of squares over the width, one root"),
+    "ssd_scan": (64, 8, "sums over tokens and state in float32; exponents of cumulative sums"),
+    "ssd_scan_rope": (64, 8, "as ssd_scan, with B and C rotated"),
+    "attention": (32, 8, "softmax and a weighted sum over the keys in float32"),
+    "keep_window_attention": (32, 8, "as attention, over the kept keys"),
+    "product_key_topk": (32, 8, "softmax over scores that are products over half a query"),
+    "expert_mix": (32, 8, "a product over the width per expert, then a sum over the experts"),
+}
+# runtime: factor on the ulps of _OPS, reason
+_RUNTIMES: dict[str, tuple[float, str]] = {
+    "eager": (1.0, "the reference's arithmetic"),
+    "compiled": (1.0, "ops are opaque to the compiler: the same code"),
+    "onnxruntime-cpu": (2.0, "other orders of summation; exp and softmax of another library"),
+}
+_FLOAT32_ALWAYS = ("rope_angles",)
+
+
+def _op_limits() -> Iterator[OpLimit]:
+    for op, (ulps_32, ulps_half, op_reason) in _OPS.items():
+        for runtime, (factor, runtime_reason) in _RUNTIMES.items():
+            for dtype in ("float32",) if op in _FLOAT32_ALWAYS else RUNTIME_DTYPES[runtime]:
+                ulps = ulps_32 if dtype == "float32" else ulps_half
+                yield OpLimit(op, dtype, runtime, factor * ulps, f"{op_reason}; {runtime_reason}")
+
+
+OP_LIMITS: tuple[OpLimit, ...] = tuple(_op_limits())
+
+MODEL_LIMITS: tuple[ModelLimit, ...] = (
+    ModelLimit("float32", "eager", 1.05, 1e-4, 1e-3, "the same arithmetic as the yardstick, in place"),
+    ModelLimit("float32", "compiled", 2.0, 1e-4, 1e-3, "fused norms and activations round elsewhere"),
+    ModelLimit("float32", "onnxruntime-cpu", 2.0, 1e-4, 1e-3, "other matrix products, other orders of summation"),
+    ModelLimit("float16", "eager", 1.05, 4e-2, 2e-2, "the same arithmetic as the yardstick, in place"),
+    ModelLimit("float16", "compiled", 1.5, 4e-2, 2e-2, "fused operations keep float32 between steps that eager rounds"),
+    ModelLimit("float16", "onnxruntime-cpu", 2.0, 4e-2, 2e-2, "bodies and matrix products in float32, rounded between nodes"),
+    ModelLimit("bfloat16", "eager", 1.05, 3e-1, 2e-1, "the same arithmetic as the yardstick, in place"),
+    ModelLimit("bfloat16", "compiled", 1.5, 3e-1, 2e-1, "fused operations keep float32 between steps that eager rounds"),
+)
+
+_TERMS = "|q_x| max|k_x| + |q_y| max|k_y|: an upper bound of every expert's score"
+_SCORE = "largest |score| among the row's keys"
+_LOGIT = "rms of the logits, at least 1"
+SCORE_BUDGETS: tuple[ScoreBudget, ...] = (
+    ScoreBudget("product_key_topk", "float32", 128, _TERMS, "the query's error, carried through every layer below, twice"),
+    ScoreBudget("product_key_topk", "float16", 32, _TERMS, "the query's error, carried through every layer below, twice"),
+    ScoreBudget("product_key_topk", "bfloat16", 32, _TERMS, "the query's error, carried through every layer below, twice"),
+    ScoreBudget("keep_window_attention", "float32", 128, _SCORE, "the values' error, amplified by exp, twice"),
+    ScoreBudget("keep_window_attention", "float16", 32, _SCORE, "the values' error, amplified by exp, twice"),
+    ScoreBudget("keep_window_attention", "bfloat16", 32, _SCORE, "the values' error, amplified by exp, twice"),
+    ScoreBudget("argmax", "float32", 2 * 1e-4 * 2**24, _LOGIT, "two logits, each within the model's max abs limit"),
+    ScoreBudget("argmax", "float16", 2 * 4e-2 * 2**11, _LOGIT, "two logits, each within the model's max abs limit"),
+    ScoreBudget("argmax", "bfloat16", 2 * 3e-1 * 2**8, _LOGIT, "two logits, each within the model's max abs limit"),
+)
+
+_OP_INDEX = {(limit.op, limit.dtype, limit.runtime): limit for limit in OP_LIMITS}
+_MODEL_INDEX = {(limit.dtype, limit.runtime): limit for limit in MODEL_LIMITS}
+_BUDGET_INDEX = {(budget.op, budget.dtype): budget for budget in SCORE_BUDGETS}
+
+
+def op_limit(op: str, dtype: str, runtime: str) -> OpLimit:
+    """The limit of an op at a dtype in a runtime; KeyError where there is none."""
+    return _OP_INDEX[op, "float32" if op in _FLOAT32_ALWAYS else dtype, runtime]
+
+
+def model_limit(dtype: str, runtime: str) -> ModelLimit:
+    """The limits of a whole model at a dtype in a runtime; KeyError where there is none."""
+    return _MODEL_INDEX[dtype, runtime]
+
+
+def score_budget(op: str, dtype: str) -> ScoreBudget:
+    """The score budget of a selecting op, or of `argmax`; KeyError where there is none."""
+    return _BUDGET_INDEX[op, dtype]
+
+
+def _rows(title: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> Iterator[str]:
+    yield f"| {' | '.join(title)} |"
+    yield f"|{'---|' * len(title)}"
+    for row in rows:
+        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
+
+
+def _introduction() -> Iterator[str]:
+    yield "# Tolerances\n"
+    yield "Written by `python -m wm_runtimes.tolerances` from the table in `runtimes/wm_runtimes/tolerances.py`."
+    yield "A limit fails, it never warns.\n"
+    yield "u is the unit roundoff: " + ", ".join(f"{dtype} {u:.3g}" for dtype, u in UNIT_ROUNDOFF.items()) + ".\n"
+
+
+def _models() -> Iterator[str]:
+    yield "\n## Whole models\n"
+    yield "R = rms(runtime - oracle) / rms(eager - oracle), pooled over draws; the oracle is the float64 reference of the same"
+    yield f"stored weights. The denominator is at least {FLOOR_ULPS:g} u times the rms of the oracle's logits. Max abs is for logits of"
+    yield "rms 1 or less; larger logits scale it by their rms. NaN and infinity always fail.\n"
+    title = ("dtype", "runtime", "R", "max abs", "differing choices", "reason")
+    yield from _rows(title, ((m.dtype, m.runtime, f"{m.R:g}", f"{m.max_abs:g}", f"{m.choice_rate:.2%}", m.reason) for m in MODEL_LIMITS))
+
+
+def _budgets() -> Iterator[str]:
+    yield "\n## Choices\n"
+    yield "A choice may differ from the oracle's only where, by the oracle's scores, it is worse by at most `ulps · u · scale`."
+    yield "Values are then compared with an oracle that made the runtime's choices. Greedy texts are compared up to the first"
+    yield "step whose two best logits are closer than the budget of `argmax`.\n"
+    title = ("op", "dtype", "ulps", "as a fraction", "scale", "reason")
+    yield from _rows(title, ((b.op, b.dtype, f"{b.ulps:.4g}", f"{b.relative:.2g}", b.scale, b.reason) for b in SCORE_BUDGETS))
+
+
+def _ops() -> Iterator[str]:
+    yield "\n## Ops\n"
+    yield "Each op, fed with exact inputs of its dtype: max |runtime - float64 reference| <= ulps · u · max |reference|, for each output.\n"
+    title = ("op", "dtype", "runtime", "ulps", "as a fraction", "reason")
+    yield from _rows(title, ((o.op, o.dtype, o.runtime, f"{o.ulps:g}", f"{o.relative:.2g}", o.reason) for o in OP_LIMITS))
+
+
+def render() -> str:
+    """The table as Markdown."""
+    return "\n".join((*_introduction(), *_models(), *_budgets(), *_ops())) + "\n"
+
+
+if __name__ == "__main__":
+    print(render(), end="")

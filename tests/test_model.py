@@ -1,0 +1,230 @@
+"""The model's laws: one definition, any schedule. B rows, T tokens, S capacity, V vocabulary."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from helpers import LIMIT, MODELS, Judge, lively_params, random_tokens
+from wm_graph import Model, ModelConfig, State, forward, init_params, load_checkpoint, save_checkpoint, zero_state
+from wm_graph.oracle import oracle_forward
+from wm_graph.params import cast_params, named_tensors, parameter_count, params_to_flat
+from wm_graph.presets import PRESETS
+from wm_graph.shapes import count_parameters, parameter_shapes
+
+SMALL = ("cheems-tiny-moe", "llama-tiny", "window")
+LENGTH = 70
+
+
+@cache
+def judge_of(name: str, rows: int = 2, length: int = LENGTH) -> Judge:
+    cfg = MODELS[name]
+    return Judge(cfg, lively_params(cfg), random_tokens(cfg, rows, length))
+
+
+def leaves(state: State | None) -> dict[str, Tensor]:
+    assert state is not None
+    return dict(named_tensors(state))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_eager_equals_oracle(name: str) -> None:
+    judge = judge_of(name)
+    assert 0.3 < judge.own.logits_BTV.std() < 3
+    assert judge.max_abs(*judge.run(None)) <= LIMIT
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("pieces", [(LENGTH,), (64, 1, 5), (1, 69)])
+def test_prefill_with_a_state_equals_oracle(name: str, pieces: tuple[int, ...]) -> None:
+    judge = judge_of(name)
+    assert judge.max_abs(*judge.run(pieces)) <= LIMIT
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_token_by_token_equals_oracle(name: str) -> None:
+    judge = judge_of(name, 2, 20)
+    assert judge.max_abs(*judge.run((1,) * 20)) <= LIMIT
+
+
+@pytest.mark.parametrize("name", SMALL)
+@settings(max_examples=4)
+@given(data=st.data())
+def test_any_split_equals_oracle(name: str, data: st.DataObject) -> None:
+    judge = judge_of(name, 2, 40)
+    cuts = sorted(data.draw(st.sets(st.integers(1, 39), max_size=6)))
+    pieces = [end - start for start, end in zip([0, *cuts], [*cuts, 40], strict=True)]
+    assert judge.max_abs(*judge.run(pieces)) <= LIMIT
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_in_place_equals_functional_bitwise(name: str) -> None:
+    judge = judge_of(name)
+    pieces = (30, 1, 1, 38)
+    functional, in_place = judge.run(pieces), judge.run(pieces, in_place=True)
+    assert torch.equal(functional[0], in_place[0])
+    for tap, value in functional[1].items():
+        assert torch.equal(value, in_place[1][tap])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_functional_form_leaves_the_given_state_alone(name: str) -> None:
+    cfg = MODELS[name]
+    params, tokens = lively_params(cfg), random_tokens(cfg, 2, 12)
+    _, state = forward(cfg, params, tokens, zero_state(cfg, 2, 32))
+    before = {leaf: value.clone() for leaf, value in leaves(state).items()}
+    forward(cfg, params, tokens, state)
+    for leaf, value in leaves(state).items():
+        assert torch.equal(before[leaf], value), leaf
+
+
+# Rows of one batch are unequal in length; each alone, without padding, must give the same. In float64, where no rounding decides a choice.
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("lengths", [(5, 17, 1), (17, 0, 9)])
+def test_padded_rows_equal_rows_alone(name: str, lengths: tuple[int, ...]) -> None:
+    cfg = MODELS[name]
+    params = lively_params(cfg)
+    tokens, longest = random_tokens(cfg, 3, 20), max(lengths)
+    after = tokens[:, longest : longest + 2]
+    _, state = oracle_forward(cfg, params, tokens[:, :4], zero_state(cfg, 3, 32, torch.float64))
+    first, middle = oracle_forward(cfg, params, tokens[:, :longest], state, torch.tensor(lengths))
+    then, _ = oracle_forward(cfg, params, after, middle)
+    for row, length in enumerate(lengths):
+        one = slice(row, row + 1)
+        _, alone = oracle_forward(cfg, params, tokens[one, :4], zero_state(cfg, 1, 32, torch.float64))
+        if length:
+            expected, alone = oracle_forward(cfg, params, tokens[one, :length], alone)
+            torch.testing.assert_close(first[one, :length], expected, rtol=0, atol=1e-11)
+        expected, _ = oracle_forward(cfg, params, after[one], alone)
+        torch.testing.assert_close(then[one], expected, rtol=0, atol=1e-11)
+        assert leaves(middle)["position"][row] == 4 + length
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_padded_float32_rows_equal_rows_alone(name: str) -> None:
+    judge = judge_of(name, 2, 20)
+    cfg, params, tokens = judge.cfg, judge.params, random_tokens(judge.cfg, 2, 20)
+    _, state = forward(cfg, params, tokens[:, :12], zero_state(cfg, 2, 20), torch.tensor([12, 7]))
+    tail = torch.stack([tokens[0, 12:20], tokens[1, 7:15]])
+    logits, _ = forward(cfg, params, tail, state)
+    expected = torch.from_numpy(judge.own.logits_BTV)
+    torch.testing.assert_close(logits.double(), torch.stack([expected[0, 12:20], expected[1, 7:15]]), rtol=0, atol=LIMIT)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_later_tokens_do_not_reach_earlier_logits(name: str) -> None:
+    cfg = MODELS[name]
+    params, tokens = lively_params(cfg), random_tokens(cfg, 1, 30)
+    changed = tokens.clone()
+    changed[:, 20:] = (changed[:, 20:] + 1) % cfg.vocab_size
+    first, second = (oracle_forward(cfg, params, each)[0] for each in (tokens, changed))
+    torch.testing.assert_close(first[:, :20], second[:, :20], rtol=0, atol=1e-11)
+    assert (first[:, 20:] - second[:, 20:]).abs().amax(-1).min() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["cheems-tiny", "window"])
+@pytest.mark.parametrize("shift", [1, 1000, 2**24 - 64])
+def test_logits_do_not_depend_on_where_a_text_starts(name: str, shift: int) -> None:
+    judge = judge_of(name, 2, 30)
+    cfg = judge.cfg
+    tokens = torch.from_numpy(judge.draws.tokens_BT)
+    for dtype, limit in ((torch.float64, 1e-8), (torch.float32, LIMIT)):
+        state = zero_state(cfg, 2, 64, dtype)
+        shifted, _ = forward(cfg, cast_params(judge.params, dtype), tokens, replace(state, position=state.position + shift))
+        torch.testing.assert_close(shifted.double(), torch.from_numpy(judge.own.logits_BTV), rtol=0, atol=limit)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_select_and_modules_give_the_same_logits(name: str) -> None:
+    cfg = MODELS[name]
+    params, tokens = lively_params(cfg), random_tokens(cfg, 2, 9)
+    everything, _ = forward(cfg, params, tokens)
+    some, _ = forward(cfg, params, tokens, select_BS=torch.tensor([[8, 0], [3, 3]]))
+    torch.testing.assert_close(some, torch.stack([everything[0, [8, 0]], everything[1, [3, 3]]]), rtol=0, atol=1e-6)
+    model = Model(cfg, params)
+    assert torch.equal(model(tokens)[0], everything)
+    assert {path: tuple(tensor.shape) for path, tensor in model.named_parameters()} == parameter_shapes(cfg)
+
+
+PUBLISHED = {"cheems-320m": 335.7, "cheems-320m-moe": 487.8, "cheems-1.3b": 1208.6, "llama-320m": 335.6, "llama-1.3b": 1208.0}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts_are_the_published_ones(name: str) -> None:
+    assert round(count_parameters(ModelConfig.preset(name)) / 1e6, 1) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", ["cheems-tiny", "cheems-tiny-moe", "llama-tiny", "cheems-demo"])
+def test_counted_parameters_are_the_held_ones(name: str) -> None:
+    cfg = ModelConfig.preset(name)
+    assert parameter_count(init_params(cfg)) == count_parameters(cfg)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_configuration_round_trip(name: str) -> None:
+    cfg = ModelConfig.preset(name)
+    assert ModelConfig.from_json(cfg.to_json()) == cfg
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_checkpoint_round_trip(tmp_path, dtype: torch.dtype) -> None:
+    cfg = MODELS["window"]
+    params = lively_params(cfg, dtype=dtype)
+    save_checkpoint(tmp_path / "model", cfg, params)
+    loaded_cfg, loaded = load_checkpoint(tmp_path / "model")
+    assert loaded_cfg == cfg
+    for path, tensor in params_to_flat(cfg, params).items():
+        found = params_to_flat(cfg, loaded)[path]
+        assert found.dtype == tensor.dtype, path
+        assert torch.equal(found, tensor), path
+
+
+# A model smaller still, with a layer of each kind: tracing costs by the node.
+COMPILED = replace(
+    MODELS["window"], layers=(("ssd", "cdmoe"), ("dynamic_mask_attention", "mlp"), ("attention", "mlp")), name="compiled", vocab_size=64
+)
+
+
+def compiled_step(backend: object) -> object:
+    params = lively_params(COMPILED)
+
+    def step(tokens: Tensor, state: State, valid: Tensor) -> tuple[Tensor, State | None]:
+        return forward(COMPILED, params, tokens, state, valid)
+
+    return torch.compile(step, fullgraph=True, dynamic=True, backend=backend), step
+
+
+def test_compile_makes_at_most_two_graphs() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled, step = compiled_step(counter)
+    lengths = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100)
+    with torch.no_grad():
+        state = zero_state(COMPILED, 2, 512)
+        for length in (*lengths, 1, 4):
+            tokens = random_tokens(COMPILED, 2, length)
+            valid = torch.tensor([length, (length + 1) // 2])
+            logits, new = compiled(tokens, state, valid)
+            expected, state = step(tokens, state, valid)
+            assert torch.equal(logits, expected), length
+            for leaf, value in leaves(new).items():
+                assert torch.equal(value, leaves(state)[leaf]), (length, leaf)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch warns about itself
+def test_inductor_equals_eager() -> None:
+    torch._dynamo.reset()
+    compiled, step = compiled_step("inductor")
+    with torch.no_grad():
+        state = zero_state(COMPILED, 2, 32)
+        for length in (6, 1, 9):
+            tokens, valid = random_tokens(COMPILED, 2, length), torch.tensor([length, max(1, length - 2)])
+            logits, _ = compiled(tokens, state, valid)
+            expected, state = step(tokens, state, valid)
+            torch.testing.assert_close(logits[0], expected[0], rtol=0, atol=LIMIT)
