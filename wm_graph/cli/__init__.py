@@ -28,8 +28,6 @@ def run(argv: Sequence[str]) -> int:
         return result if isinstance(result, int) else 0
     except KeyboardInterrupt:
         return _INTERRUPTED
-    except BrokenPipeError:
-        return 0  # the reader has seen enough, as in `wm generate ... | head`
     except Exception as error:
         return _explain(error)
 

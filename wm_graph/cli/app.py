@@ -31,6 +31,13 @@ class LazyGroup(TyperGroup):
             self.commands[cmd_name] = get_command(single)
         return self.commands[cmd_name]
 
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command; a reader that has seen enough, as in `wm presets | head`, is no failure."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise typer.Exit(0) from None
+
 
 def make_app() -> Any:
     """The `wm` command as a typer (click) group."""

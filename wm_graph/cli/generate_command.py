@@ -23,7 +23,7 @@ def command(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Choose among this many likeliest tokens; 0 is all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Choose among the fewest tokens that reach this probability.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Repeat the same draws.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Repeat the same draws.")] = None,
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Text that ends a row; not printed.")] = None,
     stop_id: Annotated[list[int] | None, typer.Option(metavar="ID", help="Token that ends a row, beside the model's own.")] = None,
     capacity: Annotated[int | None, typer.Option(min=1, help="Tokens a row can hold.  [default: what the prompts need]")] = None,

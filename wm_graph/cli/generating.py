@@ -83,10 +83,11 @@ def _read(file: str) -> str:
 
 
 def _parse_ids(text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.replace(",", " ").split()]
-    except ValueError as error:
-        raise InputError(f"--prompt-ids {text!r}: expected integers separated by commas, such as 1,80,81") from error
+    words = text.replace(",", " ").split()
+    for word in words:
+        if not word.removeprefix("-").isdecimal() or len(word) > 18:
+            raise InputError(f"--prompt-ids: {word[:40]!r} is no token id; expected integers separated by commas, such as 1,80,81")
+    return [int(word) for word in words]
 
 
 def stop_ids(bundle: Bundle, more: Sequence[int]) -> list[int]:
