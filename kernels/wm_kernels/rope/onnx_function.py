@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx
 
-from wm_kernels.onnx_body import Body, Flavour, Value, single
+from wm_kernels.onnx_body import Body, Flavour, Ref, Value, single
 from wm_kernels.onnx_schema import FLOAT32, FLOAT_T, size, wm_op
 
 OP_TYPE = "WmRope"
@@ -31,16 +31,17 @@ def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionP
     one = single(OP_TYPE, [{k: v for k, v in variant.items() if k != "num_heads"} for variant in variants])
     g = Body(OP_TYPE, [name for name, _ in INPUTS], one["dtype"], flavour)
     x_BTHP, cos_BTF, sin_BTF = g.all_inputs()
-    y_BTHP = rotate(g, g.f32(x_BTHP), cos_BTF, sin_BTF, one["head_dim"], one["pairs"])
+    heads = Ref("num_heads", onnx.AttributeProto.INT)
+    y_BTHP = rotate(g, g.f32(x_BTHP), cos_BTF, sin_BTF, heads, one["head_dim"], one["pairs"])
     return g.function({"y_BTHP": g.narrow(y_BTHP)})
 
 
-def rotate(g: Body, x_BTHP: Value, cos_BTF: Value, sin_BTF: Value, head_dim: int, pairs: int) -> Value:
+def rotate(g: Body, x_BTHP: Value, cos_BTF: Value, sin_BTF: Value, heads: int | Ref, head_dim: int, pairs: int) -> Value:
     """The rotation of a float32 value, also used by WmSsdScanRope."""
     if g.ort:
-        x_BHTP = g.transpose(x_BTHP, 0, 2, 1, 3)
-        y_BHTP = g.RotaryEmbedding(x_BHTP, cos_BTF, sin_BTF, rotary_embedding_dim=2 * pairs)
-        return g.transpose(y_BHTP, 0, 2, 1, 3)
+        x_BTE = g.reshape(x_BTHP, 0, 0, -1)
+        y_BTE = g.RotaryEmbedding(x_BTE, cos_BTF, sin_BTF, num_heads=heads, rotary_embedding_dim=2 * pairs)
+        return g.reshape(y_BTE, 0, 0, -1, head_dim)
     cos_BT1F, sin_BT1F = g.unsqueeze(cos_BTF, 2), g.unsqueeze(sin_BTF, 2)
     sizes = [pairs, pairs, head_dim - 2 * pairs] if head_dim > 2 * pairs else [pairs, pairs]
     low, high, *rest = g.Split(x_BTHP, sizes, axis=-1, outs=len(sizes))
