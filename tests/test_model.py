@@ -17,7 +17,7 @@ from wm_graph.params import cast_params, named_tensors, parameter_count, params_
 from wm_graph.presets import PRESETS
 from wm_graph.shapes import count_parameters, parameter_shapes
 
-SMALL = ("cheems-tiny-moe", "llama-tiny", "window")
+SMALL = ("window", "llama-tiny")  # an eviction, retrieval and a scan; a cache
 LENGTH = 70
 
 
@@ -46,7 +46,7 @@ def test_prefill_with_a_state_equals_oracle(name: str, pieces: tuple[int, ...]) 
     assert judge.max_abs(*judge.run(pieces)) <= LIMIT
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*SMALL, "cheems-tiny", "cheems-20m-moe widths"])
 def test_token_by_token_equals_oracle(name: str) -> None:
     judge = judge_of(name, 2, 20)
     assert judge.max_abs(*judge.run((1,) * 20)) <= LIMIT
@@ -184,26 +184,22 @@ def test_checkpoint_round_trip(tmp_path, dtype: torch.dtype) -> None:
         assert torch.equal(found, tensor), path
 
 
-# A model smaller still, with a layer of each kind: tracing costs by the node.
+# A model with a layer of each kind and little else. What Inductor makes of one is compared with the oracle in test_parity.py.
 COMPILED = replace(
     MODELS["window"], layers=(("ssd", "cdmoe"), ("dynamic_mask_attention", "mlp"), ("attention", "mlp")), name="compiled", vocab_size=64
 )
 
 
-def compiled_step(backend: object) -> object:
+def test_compile_makes_at_most_two_graphs() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
     params = lively_params(COMPILED)
 
     def step(tokens: Tensor, state: State, valid: Tensor) -> tuple[Tensor, State | None]:
         return forward(COMPILED, params, tokens, state, valid)
 
-    return torch.compile(step, fullgraph=True, dynamic=True, backend=backend), step
-
-
-def test_compile_makes_at_most_two_graphs() -> None:
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("eager")
-    compiled, step = compiled_step(counter)
-    lengths = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100)
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    lengths = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 90)
     with torch.no_grad():
         state = zero_state(COMPILED, 2, 512)
         for length in (*lengths, 1, 4):
@@ -215,16 +211,3 @@ def test_compile_makes_at_most_two_graphs() -> None:
             for leaf, value in leaves(new).items():
                 assert torch.equal(value, leaves(state)[leaf]), (length, leaf)
     assert counter.frame_count <= 2
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch warns about itself
-def test_inductor_equals_eager() -> None:
-    torch._dynamo.reset()
-    compiled, step = compiled_step("inductor")
-    with torch.no_grad():
-        state = zero_state(COMPILED, 2, 32)
-        for length in (6, 1, 9):
-            tokens, valid = random_tokens(COMPILED, 2, length), torch.tensor([length, max(1, length - 2)])
-            logits, _ = compiled(tokens, state, valid)
-            expected, state = step(tokens, state, valid)
-            torch.testing.assert_close(logits[0], expected[0], rtol=0, atol=LIMIT)

@@ -88,17 +88,17 @@ class ScoreBudget:
         return self.ulps * UNIT_ROUNDOFF[self.dtype]
 
 
-# op: ulps in float32, ulps in a half-precision dtype, reason
+# op: ulps in float32, ulps in a half-precision dtype, reason; about three times what tests/test_tolerances.py measures
 _OPS: dict[str, tuple[float, float, str]] = {
-    "rope_angles": (4, 4, "two float64-built tables joined by angle addition, rounded to float32 whatever the model's dtype"),
-    "rope": (4, 4, "two products and a sum"),
+    "rope_angles": (2, 2, "two float64-built tables joined by angle addition, rounded to float32 whatever the model's dtype"),
+    "rope": (4, 2, "two products and a sum"),
     "residual_rms_norm": (8, 4, "a sum of squares over the width, one root"),
-    "ssd_scan": (64, 8, "sums over tokens and state in float32; exponents of cumulative sums"),
-    "ssd_scan_rope": (64, 8, "as ssd_scan, with B and C rotated"),
-    "attention": (32, 8, "softmax and a weighted sum over the keys in float32"),
-    "keep_window_attention": (32, 8, "as attention, over the kept keys"),
-    "product_key_topk": (32, 8, "softmax over scores that are products over half a query"),
-    "expert_mix": (32, 8, "a product over the width per expert, then a sum over the experts"),
+    "ssd_scan": (16, 2, "sums over tokens and state in float32; exponents of cumulative sums"),
+    "ssd_scan_rope": (16, 2, "as ssd_scan, with B and C rotated"),
+    "attention": (16, 2, "softmax and a weighted sum over the keys in float32"),
+    "keep_window_attention": (16, 2, "as attention, over the kept keys"),
+    "product_key_topk": (8, 2, "softmax over scores that are products over half a query"),
+    "expert_mix": (8, 2, "a product over the width per expert, then a sum over the experts"),
 }
 # runtime: factor on the ulps of _OPS, reason
 _RUNTIMES: dict[str, tuple[float, str]] = {
@@ -123,9 +123,9 @@ MODEL_LIMITS: tuple[ModelLimit, ...] = (
     ModelLimit("float32", "eager", 1.05, 1e-4, 1e-3, "the same arithmetic as the yardstick, in place"),
     ModelLimit("float32", "compiled", 2.0, 1e-4, 1e-3, "fused norms and activations round elsewhere"),
     ModelLimit("float32", "onnxruntime-cpu", 2.0, 1e-4, 1e-3, "other matrix products, other orders of summation"),
-    ModelLimit("float16", "eager", 1.05, 4e-2, 2e-2, "the same arithmetic as the yardstick, in place"),
-    ModelLimit("float16", "compiled", 1.5, 4e-2, 2e-2, "fused operations keep float32 between steps that eager rounds"),
-    ModelLimit("float16", "onnxruntime-cpu", 2.0, 4e-2, 2e-2, "bodies and matrix products in float32, rounded between nodes"),
+    ModelLimit("float16", "eager", 1.05, 5e-2, 2e-2, "the same arithmetic as the yardstick, in place"),
+    ModelLimit("float16", "compiled", 1.5, 5e-2, 2e-2, "fused operations keep float32 between steps that eager rounds"),
+    ModelLimit("float16", "onnxruntime-cpu", 2.0, 5e-2, 2e-2, "bodies and matrix products in float32, rounded between nodes"),
     ModelLimit("bfloat16", "eager", 1.05, 3e-1, 2e-1, "the same arithmetic as the yardstick, in place"),
     ModelLimit("bfloat16", "compiled", 1.5, 3e-1, 2e-1, "fused operations keep float32 between steps that eager rounds"),
 )
@@ -134,14 +134,14 @@ _TERMS = "|q_x| max|k_x| + |q_y| max|k_y|: an upper bound of every expert's scor
 _SCORE = "largest |score| among the row's keys"
 _LOGIT = "rms of the logits, at least 1"
 SCORE_BUDGETS: tuple[ScoreBudget, ...] = (
-    ScoreBudget("product_key_topk", "float32", 128, _TERMS, "the query's error, carried through every layer below, twice"),
-    ScoreBudget("product_key_topk", "float16", 32, _TERMS, "the query's error, carried through every layer below, twice"),
-    ScoreBudget("product_key_topk", "bfloat16", 32, _TERMS, "the query's error, carried through every layer below, twice"),
-    ScoreBudget("keep_window_attention", "float32", 128, _SCORE, "the values' error, amplified by exp, twice"),
-    ScoreBudget("keep_window_attention", "float16", 32, _SCORE, "the values' error, amplified by exp, twice"),
-    ScoreBudget("keep_window_attention", "bfloat16", 32, _SCORE, "the values' error, amplified by exp, twice"),
+    ScoreBudget("product_key_topk", "float32", 64, _TERMS, "the query's error, carried through every layer below, twice"),
+    ScoreBudget("product_key_topk", "float16", 16, _TERMS, "the query's error, carried through every layer below, twice"),
+    ScoreBudget("product_key_topk", "bfloat16", 16, _TERMS, "the query's error, carried through every layer below, twice"),
+    ScoreBudget("keep_window_attention", "float32", 64, _SCORE, "the values' error, amplified by exp, twice"),
+    ScoreBudget("keep_window_attention", "float16", 16, _SCORE, "the values' error, amplified by exp, twice"),
+    ScoreBudget("keep_window_attention", "bfloat16", 16, _SCORE, "the values' error, amplified by exp, twice"),
     ScoreBudget("argmax", "float32", 2 * 1e-4 * 2**24, _LOGIT, "two logits, each within the model's max abs limit"),
-    ScoreBudget("argmax", "float16", 2 * 4e-2 * 2**11, _LOGIT, "two logits, each within the model's max abs limit"),
+    ScoreBudget("argmax", "float16", 2 * 5e-2 * 2**11, _LOGIT, "two logits, each within the model's max abs limit"),
     ScoreBudget("argmax", "bfloat16", 2 * 3e-1 * 2**8, _LOGIT, "two logits, each within the model's max abs limit"),
 )
 

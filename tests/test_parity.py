@@ -1,0 +1,404 @@
+"""Parity and check: what is right passes, what is planted wrong fails. B rows, T tokens, K kv heads, R heads, k picks."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers import MODELS, lively_params
+from wm_export import export_bundle
+from wm_graph import save_checkpoint
+from wm_graph.errors import BundleError, InputError, RuntimeUnavailableError
+from wm_runtimes import open_bundle, sha256_of
+from wm_runtimes.check import check_bundle
+from wm_runtimes.onnxruntime_cpu import OnnxRuntimeCpuSession
+from wm_runtimes.parity import ParityReport, ParityRow, measure_parity
+from wm_runtimes.selections import greedy_agreement, judge_experts, judge_window, kept_keys
+from wm_runtimes.tolerances import MODEL_LIMITS, OP_LIMITS, model_limit, op_limit, render, score_budget
+from wm_runtimes.torch_runtimes import EagerSession
+
+# Every op, both kinds of choices, and a window shorter than the draws.
+LAYERS = (("ssd", "cdmoe"), ("ssd", "mlp"), ("dynamic_mask_attention", "cdmoe"), ("attention", "mlp"))
+CONFIG = replace(MODELS["window"], layers=LAYERS, name="all-ops", vocab_size=128)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("parity")
+    save_checkpoint(root / "model", CONFIG, lively_params(CONFIG))
+    export_bundle(root / "model", root / "bundle")
+    return root / "bundle"
+
+
+@pytest.fixture(scope="module")
+def half_folder(folder: Path) -> Path:
+    export_bundle(folder.parent / "model", folder.parent / "half", dtype="fp16")
+    return folder.parent / "half"
+
+
+def measure(folder: Path, *runtimes: str, **options: object) -> ParityReport:
+    return measure_parity(open_bundle(folder), runtimes, draws=8, longest_prompt=70, decode_steps=3, **options)  # type: ignore[arg-type]
+
+
+def resign(folder: Path, *names: str) -> None:
+    """Make the manifest agree with changed files, so that only the numbers can tell."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in names:
+        manifest["files"][name] = {"sha256": sha256_of(folder / name), "size": (folder / name).stat().st_size}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+# What is right passes.
+
+
+@pytest.mark.parametrize("graph", ["model.ort.onnx", "model.onnx"])
+def test_right_runtimes_pass_and_eager_is_its_own_yardstick(folder: Path, graph: str) -> None:
+    report = measure(folder, "eager", "onnxruntime-cpu", options={"onnxruntime-cpu": {"graph": graph}})
+    eager, onnx_row = report.rows
+    assert report.passed
+    assert pytest.approx(1.0, abs=1e-6) == eager.R
+    assert 0 < onnx_row.R <= onnx_row.R_limit
+    assert report.draws == 8
+    assert onnx_row.outputs == report.tokens * CONFIG.vocab_size
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["passed"] is True
+
+
+def test_half_precision_passes_with_choices_of_its_own(half_folder: Path) -> None:
+    report = measure_parity(open_bundle(half_folder), ["eager", "onnxruntime-cpu"], draws=16, longest_prompt=70, decode_steps=3)
+    assert report.passed, report
+    assert report.rows[0].R <= 1 + 1e-6  # eager against itself, above the floor of a few u
+    assert 0 < report.rows[0].choice_rate < report.rows[0].choice_rate_limit
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch warns about itself
+def test_compiled_passes_and_tells_its_choices(tmp_path: Path) -> None:
+    cfg = replace(CONFIG, layers=(("ssd", "mlp"), ("dynamic_mask_attention", "cdmoe")))
+    save_checkpoint(tmp_path / "model", cfg, lively_params(cfg))
+    export_bundle(tmp_path / "model", tmp_path / "bundle")
+    torch._dynamo.reset()
+    report = measure_parity(open_bundle(tmp_path / "bundle"), ["compiled"], draws=2, longest_prompt=30, decode_steps=3)
+    assert report.passed, report
+
+
+def test_equal_seeds_measure_the_same(folder: Path) -> None:
+    first, second = (measure_parity(open_bundle(folder), ["eager"], draws=2, seed=3, longest_prompt=9, decode_steps=1) for _ in range(2))
+    assert replace(first.rows[0], tokens_per_s=0.0) == replace(second.rows[0], tokens_per_s=0.0)
+
+
+def test_progress_rises_from_zero(folder: Path) -> None:
+    seen: list[float] = []
+    measure_parity(open_bundle(folder), ["eager"], 2, progress=lambda text, done: seen.append(done), longest_prompt=9, decode_steps=1)
+    assert seen[0] == 0.0
+    assert seen == sorted(seen)
+    assert seen[-1] <= 1.0
+
+
+# What is planted wrong fails.
+
+
+def one_percent_off(weight: torch.Tensor) -> torch.Tensor:
+    return weight * 1.01
+
+
+def noisy(weight: torch.Tensor) -> torch.Tensor:
+    return weight + 0.02 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+
+
+def change_a_weight(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path, pytest.MonkeyPatch], None]:
+    def plant(folder: Path, patch: pytest.MonkeyPatch) -> None:
+        """The ONNX graph reads other weights than the oracle, from a copy with one tensor changed."""
+        weights = load_file(folder / "model.safetensors")
+        save_file({**weights, name: change(weights[name])}, folder / "other.safetensors", metadata={"format": "pt"})
+        for graph in ("model.onnx", "model.ort.onnx"):
+            model = onnx.load(str(folder / graph), load_external_data=False)
+            for initializer in model.graph.initializer:
+                for entry in initializer.external_data:
+                    if entry.key == "location":
+                        entry.value = "other.safetensors"
+            (folder / graph).write_bytes(model.SerializeToString())
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["files"]["other.safetensors"] = {}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        resign(folder, "other.safetensors", "model.onnx", "model.ort.onnx")
+
+    return plant
+
+
+def prefill_off_by_one(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """A chunk that believes it starts one position later than it does."""
+    run = OnnxRuntimeCpuSession._run
+
+    def wrong(self, buffers, start, position_B, tokens_BT, valid_B, select_BS):
+        if tokens_BT.shape[1] > 1:
+            position_B = position_B + 1
+        return run(self, buffers, start, position_B, tokens_BT, valid_B, select_BS)
+
+    patch.setattr(OnnxRuntimeCpuSession, "_run", wrong)
+
+
+def swapped_states(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Two recurrent states of equal shape change places after every call."""
+    run = OnnxRuntimeCpuSession._run
+
+    def wrong(self, buffers, *args):
+        logits = run(self, buffers, *args)
+        first, second = buffers.arrays["layers.0.ssd"], buffers.arrays["layers.1.ssd"]
+        first[...], second[...] = second.copy(), first.copy()
+        return logits
+
+    patch.setattr(OnnxRuntimeCpuSession, "_run", wrong)
+
+
+def shifted_logits(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """One logit of one row is off by a little more than the limit."""
+    run = OnnxRuntimeCpuSession._run
+
+    def wrong(self, *args):
+        logits = run(self, *args)
+        logits[0, 0, 5] += 1.5e-4
+        return logits
+
+    patch.setattr(OnnxRuntimeCpuSession, "_run", wrong)
+
+
+def nan_logit(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    run = OnnxRuntimeCpuSession._run
+
+    def wrong(self, *args):
+        logits = run(self, *args)
+        logits[-1, -1, -1] = math.nan
+        return logits
+
+    patch.setattr(OnnxRuntimeCpuSession, "_run", wrong)
+
+
+FAULTS = {
+    "one layer's weight 1 percent off": change_a_weight("layers.1.mixer.out_proj", one_percent_off),
+    "expert table 1 percent off": change_a_weight("layers.2.feed_forward.expert_up", one_percent_off),
+    "prefill one position off": prefill_off_by_one,
+    "swapped states": swapped_states,
+    "one logit off": shifted_logits,
+    "NaN": nan_logit,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_fail(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(folder, copy)
+    FAULTS[fault](copy, monkeypatch)
+    report = measure_parity(open_bundle(copy), ["onnxruntime-cpu"], draws=4, longest_prompt=40, decode_steps=3)
+    assert not report.passed, report
+    assert report.rows[0].failures
+    assert json.dumps(report.to_dict(), allow_nan=False)
+    check = check_bundle(copy, ["onnxruntime-cpu"])
+    assert not check.passed, check
+    assert json.dumps(check.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("name", ["layers.0.feed_forward.keys", "layers.2.mixer.dt"])
+def test_choices_by_other_scores_fail_as_choices(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(folder, copy)
+    change_a_weight(name, noisy)(copy, monkeypatch)
+    (row,) = measure_parity(open_bundle(copy), ["onnxruntime-cpu"], draws=4, longest_prompt=40, decode_steps=3).rows
+    assert row.choice_rate > row.choice_rate_limit
+    assert row.choice_excess > 1
+
+
+def test_wrong_eager_fails_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = EagerSession._forward
+    monkeypatch.setattr(EagerSession, "_forward", lambda self, *args: forward(self, *args) * 1.001)
+    assert not measure_parity(open_bundle(folder), ["eager"], draws=2, longest_prompt=9, decode_steps=1).passed
+
+
+def test_nothing_compared_is_no_pass(folder: Path) -> None:
+    bundle = open_bundle(folder)
+    with pytest.raises(InputError, match="no runtime"):
+        measure_parity(bundle, [])
+    with pytest.raises(InputError, match="draws is 0"):
+        measure_parity(bundle, ["eager"], draws=0)
+    assert not ParityReport("x", 0, 0, 0.0, 0.0, ()).passed
+    assert not ParityRow("eager", "float32", 0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0).passed
+
+
+@pytest.mark.parametrize("field", ["R", "max_abs", "choice_rate", "choice_excess"])
+def test_nan_never_passes(field: str) -> None:
+    row = ParityRow("eager", "float32", 9, 1.0, 2.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
+    assert row.passed
+    bad = replace(row, **{field: math.nan})
+    assert not bad.passed
+    assert bad.to_dict()[field] is None
+
+
+# check
+
+
+def test_check_passes_and_needs_no_torch_for_what_is_near(folder: Path) -> None:
+    report = check_bundle(folder, ["eager", "onnxruntime-cpu"])
+    assert report.passed
+    whats = [row.what for row in report.rows]
+    assert whats[:2] == ["files", "eager"]
+    assert {"onnxruntime-cpu model.onnx", "onnxruntime-cpu model.ort.onnx in place"} <= set(whats)
+
+
+def test_check_follows_the_choices_of_half_precision(half_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = replace(model_limit("float16", "onnxruntime-cpu"), max_abs=1e-9)
+    monkeypatch.setattr("wm_runtimes.check.model_limit", lambda dtype, runtime: limit)
+    report = check_bundle(half_folder, ["onnxruntime-cpu"])
+    assert not report.passed  # too strict a limit, but the choices were followed and judged
+    assert all(row.choice_excess <= 1.0 for row in report.rows)
+
+
+def test_check_names_a_damaged_file(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(folder, copy)
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(data)
+    with pytest.raises(BundleError, match=r"model\.safetensors: SHA-256"):
+        check_bundle(copy)
+
+
+@pytest.mark.parametrize("change", ["missing", "shape", "nan"])
+def test_unusable_golden_data_is_one_line(folder: Path, tmp_path: Path, change: str) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(folder, copy)
+    golden = load_file(copy / "golden.safetensors")
+    if change == "missing":
+        del golden["prefill"]
+    elif change == "shape":
+        golden["logits"] = golden["logits"][:, :-1].contiguous()
+    else:
+        golden["logits"][0, 0, 0] = math.nan
+    save_file(golden, copy / "golden.safetensors")
+    resign(copy, "golden.safetensors")
+    with pytest.raises(BundleError, match=r"golden") as caught:
+        check_bundle(copy, ["eager"])
+    assert "\n" not in str(caught.value)
+
+
+def test_unavailable_runtimes_are_listed_unless_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wm_runtimes.check.availability", lambda name: None if name == "eager" else "not here today")
+    report = check_bundle(folder)
+    assert report.passed
+    assert report.unavailable == {"compiled": "not here today", "onnxruntime-cpu": "not here today"}
+    with pytest.raises(RuntimeUnavailableError, match="not here today"):
+        check_bundle(folder, ["onnxruntime-cpu"])
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="unknown runtime"):
+        check_bundle(folder, ["tensorrt-9"])
+
+
+# Choices as sets.
+
+
+def experts(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries, keys, and the best 4 of 64 experts by exhaustive search."""
+    generator = np.random.default_rng(seed)
+    query, keys = generator.normal(size=(2, 3, 2, 2, 8)), generator.normal(size=(2, 8, 2, 8))
+    half = np.einsum("btrhd,rjhd->btrhj", query, keys)
+    score = (half[..., 0, :, None] + half[..., 1, None, :]).reshape(2, 3, 2, 64)
+    return query, keys, np.argsort(-score, -1)[..., :5]
+
+
+def test_own_experts_in_any_order_pass() -> None:
+    query, keys, best = experts()
+    verdict = judge_experts(query, keys, best[..., [2, 0, 3, 1]], 0.0)
+    assert (verdict.chosen, verdict.differing, verdict.excess) == (48, 0, 0.0)
+
+
+def test_a_wrong_expert_with_a_big_margin_fails_and_a_near_tie_passes() -> None:
+    query, keys, best = experts()
+    wrong = best[..., :4].copy()
+    wrong[1, 2, 0, 3] = best[1, 2, 0, 4]
+    verdict = judge_experts(query, keys, wrong, 1e-6)
+    assert verdict.differing == 1
+    assert not verdict.passed
+    assert judge_experts(query, keys, wrong, verdict.excess * 1.01e-6).passed
+    assert not judge_experts(query, keys, wrong, verdict.excess * 0.99e-6).passed
+    mask = np.ones((2, 3), bool)
+    mask[1, 2] = False
+    assert judge_experts(query, keys, wrong, 1e-6, mask).differing == 0
+
+
+@pytest.mark.parametrize("value", [-1, 64, "repeat"])
+def test_experts_that_cannot_be_fail_whatever_the_budget(value: int | str) -> None:
+    query, keys, best = experts()
+    picks = best[..., :4].copy()
+    picks[0, 0, 0, 1] = picks[0, 0, 0, 0] if value == "repeat" else value
+    assert judge_experts(query, keys, picks, 1e9).excess == math.inf
+
+
+def test_kept_keys_equal_a_plain_search() -> None:
+    score = np.random.default_rng(0).integers(0, 4, (2, 12, 3)).astype(float)  # ties abound
+    kept = kept_keys(score, 5)
+    for row, head, query in np.ndindex(2, 3, 12):
+        ranked = sorted(range(query + 1), key=lambda key: (-score[row, key, head], -key))
+        assert set(np.flatnonzero(kept[row, head, query])) == set(ranked[:5])
+
+
+def test_a_wrong_key_with_a_big_margin_fails_and_a_near_tie_passes() -> None:
+    score = np.array([5.0, 1.0, 4.0, 2.0, 3.0])[None, :, None]
+    near, far = score.copy(), score.copy()
+    far[0, 1, 0] = 3.5  # token 1, of score 1, now ranks above tokens 3 and 4
+    assert judge_window(score, score, 3, 0.0).passed
+    assert not judge_window(score, far, 3, 1e-3).passed
+    tied = np.array([5.0, 3.0, 4.0, 2.0, 3.0 + 1e-7])[None, :, None]
+    near = tied.copy()
+    near[0, 1, 0] = 3.1
+    verdict = judge_window(tied, near, 3, 1e-6)
+    assert (verdict.differing, verdict.passed) == (1, True)
+    assert not judge_window(tied, near, 3, 1e-9).passed
+
+
+def test_a_window_that_holds_everything_chooses_nothing() -> None:
+    score = np.random.default_rng(0).normal(size=(1, 6, 2))
+    assert judge_window(score, score[:, ::-1], 6, 0.0).differing == 0
+
+
+def greedy_logits(margins: list[float]) -> np.ndarray:
+    logits = np.zeros((len(margins), 4))
+    logits[:, 1] = margins
+    return logits
+
+
+def test_greedy_texts_count_up_to_the_first_step_of_small_margin() -> None:
+    logits = greedy_logits([1.0, 1.0, 1e-6, 1.0])
+    assert greedy_agreement([1, 1, 1, 1], [1, 1, 2, 3], logits, 1e-3) == greedy_agreement([1, 1, 1, 1], [1, 1, 1, 1], logits, 1e-3)
+    assert greedy_agreement([1, 1, 1, 1], [1, 1, 2, 3], logits, 1e-3).steps == 2
+    wrong = greedy_agreement([1, 1, 1, 1], [1, 2, 1, 1], logits, 1e-3)
+    assert (wrong.difference, wrong.passed) == (1, False)
+    short = greedy_agreement([1, 1], [1], logits, 1e-3)
+    assert (short.difference, short.passed) == (1, False)
+    assert not greedy_agreement([1], [1], greedy_logits([1e-6]), 1e-3).passed
+    assert not greedy_agreement([1], [1], greedy_logits([math.nan]), 1e-3).passed
+    with pytest.raises(InputError, match="1 steps of logits for 2 tokens"):
+        greedy_agreement([1, 1], [1, 1], greedy_logits([1.0]), 1e-3)
+
+
+# The table.
+
+
+def test_the_document_is_the_table() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "tolerances.md").read_text(encoding="utf-8")
+    assert text == render(), "run: python -m wm_runtimes.tolerances > docs/tolerances.md"
+
+
+def test_the_table_knows_every_op_and_runtime() -> None:
+    from wm_graph.taps import OP_OUTPUTS
+    from wm_runtimes import RUNTIMES
+
+    assert {limit.op for limit in OP_LIMITS} == set(OP_OUTPUTS)
+    assert {limit.runtime for limit in OP_LIMITS} == {limit.runtime for limit in MODEL_LIMITS} == set(RUNTIMES)
+    assert all(limit.reason for limit in (*OP_LIMITS, *MODEL_LIMITS))
+    assert op_limit("attention", "float32", "eager").relative == pytest.approx(16 * 2**-24)
+    assert score_budget("argmax", "float32").relative == pytest.approx(2e-4)
