@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
 import torch
@@ -21,7 +20,6 @@ from wm_runtimes import open_bundle, sha256_of
 from wm_runtimes.check import check_bundle
 from wm_runtimes.onnxruntime_cpu import OnnxRuntimeCpuSession
 from wm_runtimes.parity import ParityReport, ParityRow, measure_parity
-from wm_runtimes.selections import greedy_agreement, judge_experts, judge_window, kept_keys
 from wm_runtimes.tolerances import MODEL_LIMITS, OP_LIMITS, model_limit, op_limit, render, score_budget
 from wm_runtimes.torch_runtimes import EagerSession
 
@@ -296,93 +294,6 @@ def test_unavailable_runtimes_are_listed_unless_asked_for(folder: Path, monkeypa
     monkeypatch.undo()
     with pytest.raises(InputError, match="unknown runtime"):
         check_bundle(folder, ["tensorrt-9"])
-
-
-# Choices as sets.
-
-
-def experts(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Queries, keys, and the best 4 of 64 experts by exhaustive search."""
-    generator = np.random.default_rng(seed)
-    query, keys = generator.normal(size=(2, 3, 2, 2, 8)), generator.normal(size=(2, 8, 2, 8))
-    half = np.einsum("btrhd,rjhd->btrhj", query, keys)
-    score = (half[..., 0, :, None] + half[..., 1, None, :]).reshape(2, 3, 2, 64)
-    return query, keys, np.argsort(-score, -1)[..., :5]
-
-
-def test_own_experts_in_any_order_pass() -> None:
-    query, keys, best = experts()
-    verdict = judge_experts(query, keys, best[..., [2, 0, 3, 1]], 0.0)
-    assert (verdict.chosen, verdict.differing, verdict.excess) == (48, 0, 0.0)
-
-
-def test_a_wrong_expert_with_a_big_margin_fails_and_a_near_tie_passes() -> None:
-    query, keys, best = experts()
-    wrong = best[..., :4].copy()
-    wrong[1, 2, 0, 3] = best[1, 2, 0, 4]
-    verdict = judge_experts(query, keys, wrong, 1e-6)
-    assert verdict.differing == 1
-    assert not verdict.passed
-    assert judge_experts(query, keys, wrong, verdict.excess * 1.01e-6).passed
-    assert not judge_experts(query, keys, wrong, verdict.excess * 0.99e-6).passed
-    mask = np.ones((2, 3), bool)
-    mask[1, 2] = False
-    assert judge_experts(query, keys, wrong, 1e-6, mask).differing == 0
-
-
-@pytest.mark.parametrize("value", [-1, 64, "repeat"])
-def test_experts_that_cannot_be_fail_whatever_the_budget(value: int | str) -> None:
-    query, keys, best = experts()
-    picks = best[..., :4].copy()
-    picks[0, 0, 0, 1] = picks[0, 0, 0, 0] if value == "repeat" else value
-    assert judge_experts(query, keys, picks, 1e9).excess == math.inf
-
-
-def test_kept_keys_equal_a_plain_search() -> None:
-    score = np.random.default_rng(0).integers(0, 4, (2, 12, 3)).astype(float)  # ties abound
-    kept = kept_keys(score, 5)
-    for row, head, query in np.ndindex(2, 3, 12):
-        ranked = sorted(range(query + 1), key=lambda key: (-score[row, key, head], -key))
-        assert set(np.flatnonzero(kept[row, head, query])) == set(ranked[:5])
-
-
-def test_a_wrong_key_with_a_big_margin_fails_and_a_near_tie_passes() -> None:
-    score = np.array([5.0, 1.0, 4.0, 2.0, 3.0])[None, :, None]
-    near, far = score.copy(), score.copy()
-    far[0, 1, 0] = 3.5  # token 1, of score 1, now ranks above tokens 3 and 4
-    assert judge_window(score, score, 3, 0.0).passed
-    assert not judge_window(score, far, 3, 1e-3).passed
-    tied = np.array([5.0, 3.0, 4.0, 2.0, 3.0 + 1e-7])[None, :, None]
-    near = tied.copy()
-    near[0, 1, 0] = 3.1
-    verdict = judge_window(tied, near, 3, 1e-6)
-    assert (verdict.differing, verdict.passed) == (1, True)
-    assert not judge_window(tied, near, 3, 1e-9).passed
-
-
-def test_a_window_that_holds_everything_chooses_nothing() -> None:
-    score = np.random.default_rng(0).normal(size=(1, 6, 2))
-    assert judge_window(score, score[:, ::-1], 6, 0.0).differing == 0
-
-
-def greedy_logits(margins: list[float]) -> np.ndarray:
-    logits = np.zeros((len(margins), 4))
-    logits[:, 1] = margins
-    return logits
-
-
-def test_greedy_texts_count_up_to_the_first_step_of_small_margin() -> None:
-    logits = greedy_logits([1.0, 1.0, 1e-6, 1.0])
-    assert greedy_agreement([1, 1, 1, 1], [1, 1, 2, 3], logits, 1e-3) == greedy_agreement([1, 1, 1, 1], [1, 1, 1, 1], logits, 1e-3)
-    assert greedy_agreement([1, 1, 1, 1], [1, 1, 2, 3], logits, 1e-3).steps == 2
-    wrong = greedy_agreement([1, 1, 1, 1], [1, 2, 1, 1], logits, 1e-3)
-    assert (wrong.difference, wrong.passed) == (1, False)
-    short = greedy_agreement([1, 1], [1], logits, 1e-3)
-    assert (short.difference, short.passed) == (1, False)
-    assert not greedy_agreement([1], [1], greedy_logits([1e-6]), 1e-3).passed
-    assert not greedy_agreement([1], [1], greedy_logits([math.nan]), 1e-3).passed
-    with pytest.raises(InputError, match="1 steps of logits for 2 tokens"):
-        greedy_agreement([1, 1], [1, 1], greedy_logits([1.0]), 1e-3)
 
 
 # The table.
