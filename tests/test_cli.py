@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from cli_support import make_bundle, wm
 
+from cli_support import make_bundle, wm
 from wm_graph.cli.app import COMMANDS
 from wm_graph.cli.demo_command import make_room
 from wm_graph.errors import CheckpointError
@@ -199,6 +199,24 @@ def test_doctor_knows_every_runtime(capfd):
     assert {"eager", "compiled", "onnxruntime-cpu"} <= set(found["runtimes"])
     assert found["versions"]["torch"]
     assert found["cores"] >= 1
+
+
+def test_import_export_generate(capfd, tmp_path):
+    """A Llama GGUF with a tokenizer, all the way to text."""
+    pytest.importorskip("transformers")
+    from import_sources import byte_vocabulary, make_llama, write_gguf
+
+    write_gguf(tmp_path / "model.gguf", make_llama(vocab_size=300), vocabulary=byte_vocabulary("gpt-2"))
+    result = wm(capfd, "import", tmp_path / "model.gguf", "-o", tmp_path / "checkpoint", "--json")
+    assert result.code == 0, result.err
+    assert result.json["tokenizer"]
+    assert wm(capfd, "export", tmp_path / "checkpoint", "-o", tmp_path / "bundle").code == 0
+    eager, ort = (
+        wm(capfd, "generate", tmp_path / "bundle", "--prompt", "hi", "--runtime", runtime, "--max-tokens", 5, "--json")
+        for runtime in ("eager", "onnxruntime-cpu")
+    )
+    assert eager.code == 0, eager.err
+    assert eager == ort
 
 
 def test_export_into_makes_the_same_files_again(capfd, bundle, tmp_path):

@@ -9,8 +9,9 @@ import sys
 
 import numpy as np
 import pytest
-from cli_support import make_bundle, wm
 from safetensors.numpy import load_file, save_file
+
+from cli_support import make_bundle, wm
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +181,18 @@ def test_weights_with_nan_are_not_exported(refused, checkpoint, tmp_path):
 def test_damaged_gguf(refused, tmp_path, data):
     (tmp_path / "model.gguf").write_bytes(data)
     assert "model.gguf" in refused("import", tmp_path / "model.gguf", "-o", tmp_path / "out")
+
+
+def test_truncated_gguf(refused, tmp_path):
+    pytest.importorskip("transformers")
+    from import_sources import byte_vocabulary, make_llama, write_gguf
+
+    file = tmp_path / "model.gguf"
+    write_gguf(file, make_llama(vocab_size=300), vocabulary=byte_vocabulary("gpt-2"))
+    whole = file.read_bytes()
+    for keep in (0.02, 0.5, 0.99):
+        file.write_bytes(whole[: int(len(whole) * keep)])
+        assert "model.gguf" in refused("import", file, "-o", tmp_path / "out")
 
 
 def test_pickled_weights_are_not_imported(refused, tmp_path):

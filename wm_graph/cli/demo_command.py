@@ -70,10 +70,10 @@ def _is_ours(path: Path) -> bool:
 
 def _step(title: str, work: Callable[[], _Result]) -> _Result:
     """Say what is being done, do it, and say how long it took."""
-    print(f"{title} ...", end="", flush=True)
+    print(f"{title} ...", flush=True)
     started = time.perf_counter()
     result = work()
-    print(f" {time.perf_counter() - started:.1f} s", flush=True)
+    print(f"   {time.perf_counter() - started:.1f} s", flush=True)
     return result
 
 
@@ -108,10 +108,10 @@ def _generate(bundle: Path, names: list[str]) -> None:
         with quiet_libraries(), open_session(opened, name, batch=len(prompts), capacity=max(map(len, prompts)) + _NEW_TOKENS) as session:
             return session.generate(prompts, _NEW_TOKENS, stop_ids=[])
 
-    print(f"4. Continuing {' and '.join(map(repr, TEXTS))}; the model is untrained, so the tokens make no sense, but they must be the same")
+    print(f"4. Continuing {' and '.join(map(repr, TEXTS))}; the model is untrained, so the token ids make no sense, but they must agree")
     for name in names:
-        for tokens in _step(f"   {name}", partial(run, name)):
-            print(f"     {' '.join(map(str, tokens))}")
+        for tokens in _step(f"   in {name}", partial(run, name)):
+            print(f"   {' '.join(map(str, tokens))}")
 
 
 def _parity(bundle: Path, names: list[str], draws: int) -> None:

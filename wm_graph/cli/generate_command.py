@@ -30,24 +30,20 @@ def command(
     stats: Annotated[bool, typer.Option("--stats", help="Print times and speeds to stderr.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON per prompt, when all are done.")] = False,
 ) -> None:
-    """Continue prompts.
-
-    The text of a single prompt is printed as it comes; several prompts run as one batch and are printed when all are done.
-    """
+    """Continue prompts: one is printed as its text comes, several run as a batch."""
+    started = time.perf_counter()
     from wm_graph.cli.generating import Run, encode_prompts, open_text, stop_ids
     from wm_runtimes import open_bundle, open_session
 
-    started = time.perf_counter()
     opened = open_bundle(bundle)
     tokenizer = open_text(opened, needed=bool(prompt or prompt_file or stop or chat))
     prompts = encode_prompts(opened, tokenizer, prompt or [], prompt_file or [], prompt_ids or [], chat=chat, system=system)
-    stops = stop_ids(opened, stop_id or [])
-    needed = max(len(each.ids) for each in prompts) + max_tokens
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop_ids": stop_ids(opened, stop_id or [])}
+    capacity = capacity or max(len(each.ids) for each in prompts) + max_tokens
     run = Run(prompts, tokenizer, stop or [], streaming=len(prompts) == 1 and not as_json)
-    with open_session(opened, runtime, batch=len(prompts), capacity=capacity or needed) as session:
+    with open_session(opened, runtime, batch=len(prompts), capacity=capacity) as session:
         ready = time.perf_counter()
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop_ids": stops}
-        session.generate([each.ids for each in prompts], max_tokens, on_token=run.on_token, **options)
+        session.generate([each.ids for each in prompts], max_tokens, on_token=run.on_token, **sampling)
     run.print_rest(max_tokens, as_json)
     if stats:
         note(f"opened in {ready - started:.2f} s; {run.speeds(ready, time.perf_counter())}")
