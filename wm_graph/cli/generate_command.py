@@ -30,7 +30,7 @@ def command(
     stats: Annotated[bool, typer.Option("--stats", help="Print times and speeds to stderr.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON per prompt, when all are done.")] = False,
 ) -> None:
-    """Continue prompts: one is printed as its text comes, several run as a batch."""
+    """Continue one prompt as text comes, or several as a batch."""
     started = time.perf_counter()
     from wm_graph.cli.generating import Run, encode_prompts, open_text, stop_ids
     from wm_runtimes import open_bundle, open_session
