@@ -4,7 +4,7 @@ B batch, T tokens, M = B·T, D model width, H heads, K kv heads, P head dim, N s
 R retrieval heads, J sub-keys, k picks. Hidden states stay flat, x_MD, so that every linear layer is one 2-D product.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def layer(
-    cfg: ModelConfig, params: LayerParams, x_MD: Tensor, state: LayerState | None, context: Context, scope: str
+    cfg: ModelConfig,
+    params: LayerParams,
+    x_MD: Tensor,
+    state: LayerState | None,
+    context: Context,
+    scope: str,
+    select_BS: Tensor | None = None,
 ) -> tuple[Tensor, LayerState | None]:
     """One layer: y = r1 ⊙ x + Mixer(RMSNorm(x)), z = r2 ⊙ y + FeedForward(RMSNorm(y)); plain residuals have r = 1.
 
@@ -63,15 +69,19 @@ def layer(
         state: this layer's state, or None on the training path.
         context: what the layers of this call share.
         scope: the layer's name, such as `layers.3`.
+        select_BS: token indices that are wanted of the result; None for all. The feed-forward is not computed for the others.
 
     Returns:
-        (z_MD, new state).
+        (z_MD, M = B·S where tokens are selected; new state).
 
     Source:
         arXiv:2412.11834, architecture figure (learned residuals); arXiv:2302.13971 (plain).
     """
     normed_MD = rms_norm(x_MD, params.mixer_norm, cfg.norm_eps)
     mixed_MD, state = _mix(cfg, params, normed_MD, state, context, scope)
+    if select_BS is not None:
+        x_MD, mixed_MD = (select_tokens(part_MD, select_BS, context.tokens) for part_MD in (x_MD, mixed_MD))
+        context = replace(context, tokens=select_BS.shape[1])
     normed_MD, y_MD = ops.residual_rms_norm(mixed_MD, x_MD, params.mixer_residual, params.feed_forward_norm, cfg.norm_eps)
     context.tap(scope, "residual_rms_norm", normed_MD, y_MD)
     if isinstance(params.feed_forward, MlpParams):
@@ -80,6 +90,12 @@ def layer(
         out_MD = cdmoe(cfg, params.feed_forward, normed_MD, context, scope)
     skip_MD = y_MD if params.feed_forward_residual is None else params.feed_forward_residual * y_MD
     return out_MD + skip_MD, state
+
+
+def select_tokens(x_MD: Tensor, select_BS: Tensor, tokens: int) -> Tensor:
+    """The rows of x_MD that `select_BS` names, flat in (b, s) order."""
+    row_B = torch.arange(select_BS.shape[0], device=select_BS.device) * tokens
+    return F.embedding((select_BS + row_B.unsqueeze(-1)).reshape(-1), x_MD)
 
 
 def _mix(
@@ -142,18 +158,16 @@ def _rotated_qkv(
     cfg: ModelConfig, params: AttentionParams | DynamicMaskAttentionParams, u_MD: Tensor, context: Context, scope: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Project to q_BTHP, k_BTKP, v_BTKP; normalise q and k where the model does; rotate both."""
-    width, kv_width = cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim
-    q_MC, k_MC, v_MC = F.linear(u_MD, params.qkv).split([width, kv_width, kv_width], -1)
-    rows = (context.batch, context.tokens)
-    q_BTHP = q_MC.reshape(*rows, cfg.n_head, cfg.head_dim)
-    k_BTKP, v_BTKP = (part.reshape(*rows, cfg.n_kv_head, cfg.head_dim) for part in (k_MC, v_MC))
+    H, K = cfg.n_head, cfg.n_kv_head
+    qkv_BTHP = F.linear(u_MD, params.qkv).reshape(context.batch, context.tokens, H + 2 * K, cfg.head_dim)
+    qk_BTHP, v_BTKP = qkv_BTHP.split([H + K, K], 2)
     if params.q_norm is not None and params.k_norm is not None:
-        q_BTHP, k_BTKP = rms_norm(q_BTHP, params.q_norm, cfg.norm_eps), rms_norm(k_BTKP, params.k_norm, cfg.norm_eps)
-    cos_BTF, sin_BTF = context.angles[cfg.head_dim]
-    q_BTHP = ops.rope(q_BTHP, cos_BTF, sin_BTF)
-    context.tap(scope, "rope", q_BTHP)
-    k_BTKP = ops.rope(k_BTKP, cos_BTF, sin_BTF)
-    context.tap(scope, "rope", k_BTKP)
+        q_BTHP, k_BTKP = qk_BTHP.split([H, K], 2)
+        qk_BTHP = torch.cat([rms_norm(q_BTHP, params.q_norm, cfg.norm_eps), rms_norm(k_BTKP, params.k_norm, cfg.norm_eps)], 2)
+    # Queries and keys turn by the same angles: one call for all their heads.
+    qk_BTHP = ops.rope(qk_BTHP, *context.angles[cfg.head_dim])
+    context.tap(scope, "rope", qk_BTHP)
+    q_BTHP, k_BTKP = qk_BTHP.split([H, K], 2)
     return q_BTHP, k_BTKP, v_BTKP
 
 

@@ -16,7 +16,7 @@ from wm_graph.params import Params
 from wm_graph.state import LayerState, State
 from wm_graph.taps import Taps
 
-LayerFunction = Callable[[int, Tensor, LayerState | None, Context], tuple[Tensor, LayerState | None]]
+LayerFunction = Callable[[int, Tensor, LayerState | None, Context, Tensor | None], tuple[Tensor, LayerState | None]]
 
 
 def forward(
@@ -52,8 +52,10 @@ def forward(
         RuntimeError: shapes disagree; the message names the op.
     """
 
-    def run(index: int, x_MD: Tensor, layer_state: LayerState | None, context: Context) -> tuple[Tensor, LayerState | None]:
-        return layer(cfg, params.layers[index], x_MD, layer_state, context, f"layers.{index}")
+    def run(
+        index: int, x_MD: Tensor, layer_state: LayerState | None, context: Context, select_BS: Tensor | None
+    ) -> tuple[Tensor, LayerState | None]:
+        return layer(cfg, params.layers[index], x_MD, layer_state, context, f"layers.{index}", select_BS)
 
     head = params.embedding if params.head is None else params.head
     return run_model(cfg, (params.embedding, params.norm, head), run, tokens_BT, state, valid_B, select_BS, in_place=in_place, taps=taps)
@@ -77,10 +79,10 @@ def run_model(
     x_MD = F.embedding(tokens_BT.reshape(-1), embedding_VD)
     layer_states: list[LayerState | None] = []
     for index in range(len(cfg.layers)):
-        x_MD, layer_state = run_layer(index, x_MD, None if state is None else state.layers[index], context)
+        # Only the last layer may drop tokens: in the others, later layers mix all of them.
+        wanted_BS = select_BS if index == len(cfg.layers) - 1 else None
+        x_MD, layer_state = run_layer(index, x_MD, None if state is None else state.layers[index], context, wanted_BS)
         layer_states.append(layer_state)
-    if select_BS is not None:
-        x_MD = select_tokens(x_MD, select_BS, context.tokens)
     logits_MV = F.linear(rms_norm(x_MD, norm_D, cfg.norm_eps), head_VD)
     logits_BSV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32)).reshape(context.batch, -1, cfg.vocab_size)
     return logits_BSV, None if state is None else next_state(state, layer_states, context)
@@ -108,12 +110,6 @@ def make_context(
         if taps is not None:
             taps.record("", "rope_angles", angles[width])
     return Context(batch, tokens, None if state is None else state.position, valid_B, angles, in_place, taps)
-
-
-def select_tokens(x_MD: Tensor, select_BS: Tensor, tokens: int) -> Tensor:
-    """The rows of x_MD that `select_BS` names, flat in (b, s) order."""
-    row_B = torch.arange(select_BS.shape[0], device=select_BS.device) * tokens
-    return F.embedding((select_BS + row_B.unsqueeze(-1)).reshape(-1), x_MD)
 
 
 def next_state(state: State, layer_states: list[LayerState | None], context: Context) -> State:

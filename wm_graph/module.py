@@ -36,10 +36,12 @@ class Layer(Branch):
         self.scope = scope
         self._structure = map_tensors(params, lambda _, tensor: tensor.detach().to("meta"))
 
-    def forward(self, x_MD: Tensor, state: LayerState | None, context: Context) -> tuple[Tensor, LayerState | None]:
+    def forward(
+        self, x_MD: Tensor, state: LayerState | None, context: Context, select_BS: Tensor | None
+    ) -> tuple[Tensor, LayerState | None]:
         """See `wm_graph.blocks.layer`."""
         params = map_tensors(self._structure, lambda path, _: self.get_parameter(path))
-        return layer(self.cfg, params, x_MD, state, context, self.scope)
+        return layer(self.cfg, params, x_MD, state, context, self.scope, select_BS)
 
 
 class Model(nn.Module):
@@ -58,8 +60,10 @@ class Model(nn.Module):
     ) -> tuple[Tensor, State | None]:
         """See `wm_graph.model.forward`."""
 
-        def run(index: int, x_MD: Tensor, layer_state: LayerState | None, context: Context) -> tuple[Tensor, LayerState | None]:
-            out: tuple[Tensor, LayerState | None] = self.layers[index](x_MD, layer_state, context)
+        def run(
+            index: int, x_MD: Tensor, layer_state: LayerState | None, context: Context, select_BS: Tensor | None
+        ) -> tuple[Tensor, LayerState | None]:
+            out: tuple[Tensor, LayerState | None] = self.layers[index](x_MD, layer_state, context, select_BS)
             return out
 
         head = self.embedding if self.head is None else self.head

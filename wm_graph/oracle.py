@@ -37,9 +37,11 @@ def oracle_forward(
         (logits_BSV float64, state).
     """
 
-    def run(index: int, x_MD: Tensor, layer_state: LayerState | None, context: Context) -> tuple[Tensor, LayerState | None]:
+    def run(
+        index: int, x_MD: Tensor, layer_state: LayerState | None, context: Context, wanted_BS: Tensor | None
+    ) -> tuple[Tensor, LayerState | None]:
         params_64 = cast_params(params.layers[index], torch.float64)
-        return layer(cfg, params_64, x_MD, layer_state, context, f"layers.{index}")
+        return layer(cfg, params_64, x_MD, layer_state, context, f"layers.{index}", wanted_BS)
 
     embedding_VD = params.embedding.double()
     ends = (embedding_VD, params.norm.double(), embedding_VD if params.head is None else params.head.double())

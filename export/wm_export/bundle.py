@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from wm_export.golden import golden_data
 from wm_export.program import export_program, next_name
 from wm_export.to_onnx import FILES, onnx_from_program
+from wm_export.weights import write_weights
 from wm_graph.checkpoints import WEIGHTS, load_checkpoint, load_tensors, new_folder, read_json
 from wm_graph.config import MAX_POSITION, ModelConfig
 from wm_graph.errors import BundleError, ExportError
@@ -59,7 +60,7 @@ def export_bundle(
     _check_finite(cfg, params)
     with new_folder(Path(bundle)) as scratch:
         tell("writing weights", 0.1)
-        save_file(params_to_flat(cfg, params), scratch / WEIGHTS, metadata={"format": "pt"})
+        write_weights(params_to_flat(cfg, params), scratch / WEIGHTS)
         extra = _copy_text(Path(checkpoint), scratch)
         tell("making golden data", 0.25)
         save_file(golden_data(cfg, params), scratch / "golden.safetensors")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from wm_kernels.onnx_body import INT32, Body, Flavour, Value, single
+from wm_kernels.onnx_body import FLOAT16, INT32, Body, Flavour, Value, single
 from wm_kernels.onnx_schema import FLOAT_T, INT64, size, wm_op
 
 OP_TYPE = "WmAttention"
@@ -41,15 +41,22 @@ def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionP
     one = single(OP_TYPE, variants)
     g = Body(OP_TYPE, [name for name, _ in INPUTS], one["dtype"], flavour)
     q, k, v, cache_k, cache_v, position_B, _ = g.all_inputs()
+    types = (g.dtype, g.dtype, g.dtype)
     if g.ort:
-        # GroupQueryAttention refuses several rows of several tokens after a past.
         last = g.ReduceMax(position_B, keepdims=0)
-        one_token, one_row = (g.Equal(g.Squeeze(g.dim(q, axis), [0]), 1) for axis in (1, 0))
+        # Made outside the branches, and of shared values alone, so that onnxruntime makes them once for all layers: Size(last) is 1.
+        step = g.Cast(position_B, to=INT32), g.Cast(last + g.Size(last), to=INT32)
         out, next_k, next_v = g.branch(
-            one_token | one_row | g.Equal(last, 0),
-            (g.dtype, g.dtype, g.dtype),
-            lambda: _grouped(g, one, q, k, v, cache_k, cache_v, position_B, last),
-            lambda: _masked(g, one, q, k, v, cache_k, cache_v, position_B),
+            g.Equal(g.dim(q, 1), 1),
+            types,
+            lambda: _grouped(g, one, q, k, v, cache_k, cache_v, *step),
+            lambda: g.branch(
+                # GroupQueryAttention refuses several rows of several tokens after a past.
+                g.Equal(g.dim(q, 0), 1) | g.Equal(last, 0),
+                types,
+                lambda: _grouped_prefill(g, one, q, k, v, cache_k, cache_v, position_B, last),
+                lambda: _masked(g, one, q, k, v, cache_k, cache_v, position_B),
+            ),
         )
     else:
         out, next_k, next_v = _masked(g, one, q, k, v, cache_k, cache_v, position_B)
@@ -57,15 +64,31 @@ def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionP
 
 
 def _grouped(
-    g: Body, one: dict[str, Any], q: Value, k: Value, v: Value, cache_k: Value, cache_v: Value, position_B: Value, last: Value
-) -> tuple[Value, Value, Value]:
-    T = g.Squeeze(g.dim(q, 1), [0])
+    g: Body,
+    one: dict[str, Any],
+    q: Value,
+    k: Value,
+    v: Value,
+    cache_k: Value,
+    cache_v: Value,
+    seqlens_k: Value,
+    total: Value,
+    *sinks: Value | None,
+) -> tuple[Value, ...]:
     q, k, v = (g.reshape(x, 0, 0, -1) for x in (q, k, v))
-    seqlens_k = g.Cast(position_B + (T - 1), to=INT32)
-    total = g.Cast(last + T, to=INT32)
     heads = {"num_heads": one["num_heads"], "kv_num_heads": one["kv_num_heads"]}
-    out_BTE, next_k, next_v = g.microsoft("GroupQueryAttention", q, k, v, cache_k, cache_v, seqlens_k, total, outs=3, **heads)
+    out_BTE, next_k, next_v = g.microsoft("GroupQueryAttention", q, k, v, cache_k, cache_v, seqlens_k, total, *sinks, outs=3, **heads)
     return g.reshape(out_BTE, 0, 0, one["num_heads"], one["head_dim"]), next_k, next_v
+
+
+def _grouped_prefill(
+    g: Body, one: dict[str, Any], q: Value, k: Value, v: Value, cache_k: Value, cache_v: Value, position_B: Value, last: Value
+) -> tuple[Value, ...]:
+    T = g.Squeeze(g.dim(q, 1), [0])
+    seqlens_k, total = g.Cast(position_B + (T - 1), to=INT32), g.Cast(last + T, to=INT32)
+    # A sink of -inf adds exp(-inf) = 0 to every softmax, and keeps onnxruntime 1.31 off its tiled kernel, which takes twice as long here.
+    sink_H = g.constant(np.full(one["num_heads"], -np.inf, np.float16 if g.dtype == FLOAT16 else np.float32))
+    return _grouped(g, one, q, k, v, cache_k, cache_v, seqlens_k, total, None, None, None, None, sink_H)
 
 
 def _masked(
