@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import MODELS, lively_params
 from wm_export import export_bundle
+from wm_export.weights import write_weights
 from wm_graph import save_checkpoint
 from wm_graph.errors import BundleError, InputError, RuntimeUnavailableError
 from wm_runtimes import open_bundle, sha256_of
@@ -114,7 +115,7 @@ def change_a_weight(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -
     def plant(folder: Path, patch: pytest.MonkeyPatch) -> None:
         """The ONNX graph reads other weights than the oracle, from a copy with one tensor changed."""
         weights = load_file(folder / "model.safetensors")
-        save_file({**weights, name: change(weights[name])}, folder / "other.safetensors", metadata={"format": "pt"})
+        write_weights({**weights, name: change(weights[name])}, folder / "other.safetensors")
         for graph in ("model.onnx", "model.ort.onnx"):
             model = onnx.load(str(folder / graph), load_external_data=False)
             for initializer in model.graph.initializer:

@@ -23,7 +23,7 @@ def write_weights(tensors: dict[str, Tensor], path: Path) -> None:
         path: the file to make.
     """
     # Sizes that are whole lines come first and keep each other aligned; then wider items before narrower ones.
-    names = sorted(tensors, key=lambda name: (tensors[name].nbytes % LINE != 0, -tensors[name].element_size()))
+    names = sorted(tensors, key=lambda name: (tensors[name].nbytes % LINE != 0, -tensors[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in names:

@@ -145,7 +145,27 @@ class CompiledSession(EagerSession):
         return logits_BWV[:, :selected]
 
     def _forward(self, tokens_BT: Any, state: Any, valid_B: Any, select_BS: Any) -> Any:
+        for tensor in (tokens_BT, valid_B, select_BS):
+            _mark_dynamic(tensor, *range(tensor.ndim))
         return self._compiled(self.bundle.config, self._params, tokens_BT, state, valid_B, select_BS)
+
+    def _state(self, buffers: StateBuffers, start: int, batch: int) -> Any:
+        state = super()._state(buffers, start, batch)
+        _mark_dynamic(state.position, 0)
+        for layer in state.layers:
+            for name, leaf in vars(layer).items():
+                # Axis 2 of a cache or window is its length; the scan's state has no such axis.
+                _mark_dynamic(leaf, 0, *(() if name == "ssd" else (2,)))
+        return state
+
+
+def _mark_dynamic(tensor: Any, *axes: int) -> None:
+    """Tell the compiler which sizes vary, so that it keeps the model's own widths constant; a size of 1 is a graph of its own anyway."""
+    import torch
+
+    for axis in axes:
+        if tensor.shape[axis] != 1:
+            torch._dynamo.maybe_mark_dynamic(tensor, axis)
 
 
 @cache
@@ -155,7 +175,7 @@ def _compiled_step(config: ModelConfig, dtype: str, single: bool) -> Callable[..
 
     # Dynamo counts recompilations per code object, so that different models need one each.
     step = FunctionType(_step.__code__.replace(), globals())
-    return torch.compile(step, fullgraph=True, dynamic=True)
+    return torch.compile(step, fullgraph=True)
 
 
 def _step(cfg: Any, params: Any, tokens_BT: Any, state: Any, valid_B: Any, select_BS: Any) -> Any:
