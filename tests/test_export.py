@@ -27,7 +27,7 @@ STATE_TAPS = [
     *(("attention", leaf) for leaf in ("k", "v")),
     *(("keep_window_attention", leaf) for leaf in ("k", "v", "score", "slot_position")),
 ]
-LIMIT = 1e-4  # max abs on logits of scale about 1, float32: see wm_runtimes.tolerances
+LIMIT = 1e-4  # max abs on logits of scale about 1, float32: see wm_graph.tolerances
 
 
 @pytest.fixture(scope="session", params=PRESETS)

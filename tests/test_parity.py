@@ -17,11 +17,11 @@ from wm_export import export_bundle
 from wm_export.weights import write_weights
 from wm_graph import save_checkpoint
 from wm_graph.errors import BundleError, InputError, RuntimeUnavailableError
+from wm_graph.tolerances import MODEL_LIMITS, OP_LIMITS, model_limit, op_limit, render, score_budget
 from wm_runtimes import open_bundle, sha256_of
 from wm_runtimes.check import check_bundle
 from wm_runtimes.onnxruntime_cpu import OnnxRuntimeCpuSession
 from wm_runtimes.parity import ParityReport, ParityRow, measure_parity
-from wm_runtimes.tolerances import MODEL_LIMITS, OP_LIMITS, model_limit, op_limit, render, score_budget
 from wm_runtimes.torch_runtimes import EagerSession
 
 # Every op, both kinds of choices, and a window shorter than the draws.
@@ -302,7 +302,7 @@ def test_unavailable_runtimes_are_listed_unless_asked_for(folder: Path, monkeypa
 
 def test_the_document_is_the_table() -> None:
     text = (Path(__file__).parent.parent / "docs" / "tolerances.md").read_text(encoding="utf-8")
-    assert text == render(), "run: python -m wm_runtimes.tolerances > docs/tolerances.md"
+    assert text == render(), "run: python -m wm_graph.tolerances > docs/tolerances.md"
 
 
 def test_the_table_knows_every_op_and_runtime() -> None:

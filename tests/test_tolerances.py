@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from onnx_cases import CASES, Case, letters
-from wm_runtimes.tolerances import OP_LIMITS, UNIT_ROUNDOFF, OpLimit
+from wm_graph.tolerances import OP_LIMITS, UNIT_ROUNDOFF, OpLimit
 
 CASE_OF = {"keep_window_attention": "keep_window"}
 CALLS = ((3, 65), (2, 1), (1, 130))

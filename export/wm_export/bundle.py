@@ -24,6 +24,7 @@ from wm_graph.errors import BundleError, ExportError
 from wm_graph.params import Params, cast_params, params_from_flat, params_to_flat
 from wm_graph.shapes import LeafSpec, count_parameters, state_leaves
 from wm_graph.state import leaf_dtype
+from wm_graph.tolerances import MODEL_LIMITS
 from wm_kernels.onnx_functions import OPSET
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -161,8 +162,15 @@ def _manifest(cfg: ModelConfig, dtype: torch.dtype, extra: dict[str, Any], folde
         "files": _files(folder),
         "versions": _versions(),
         "limits": {"max_position": MAX_POSITION, "vocab_size": cfg.vocab_size},
+        "budgets": _budgets(str(dtype).removeprefix("torch.")),
         **extra,
     }
+
+
+def _budgets(dtype: str) -> dict[str, dict[str, float]]:
+    """Runtime -> the limits of its logits, from the project's table."""
+    limits = [limit for limit in MODEL_LIMITS if limit.dtype == dtype]
+    return {limit.runtime: {"R": limit.R, "max_abs": limit.max_abs, "choice_rate": limit.choice_rate} for limit in limits}
 
 
 def _manifest_text(manifest: dict[str, Any]) -> str:

@@ -94,7 +94,7 @@ class Bundle:
         files: path inside the bundle -> hash and size.
         versions: versions of what wrote the bundle.
         limits: limits of the model.
-        budgets: error budgets, as written.
+        budgets: runtime -> limits of its logits, as written at export.
         tokens: special tokens.
         chat_template: Jinja template, or None.
         manifest: the whole manifest as parsed JSON.
@@ -228,7 +228,7 @@ def _parse(folder: Path, manifest: dict[str, Any]) -> Bundle:
         files=MappingProxyType(_parse_files(fields.get("files", dict))),
         versions=MappingProxyType({name: str(version) for name, version in versions.items()}),
         limits=limits,
-        budgets=MappingProxyType(fields.get("budgets", dict) if "budgets" in manifest else {}),
+        budgets=MappingProxyType(fields.get("budgets", dict)),
         tokens=_parse_tokens(_Fields(fields.get("tokens", dict), "tokens"), limits.vocab_size),
         chat_template=fields.get("chat_template", str, type(None)),
         manifest=MappingProxyType(manifest),

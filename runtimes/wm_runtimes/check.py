@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from wm_graph.errors import BundleError, InputError, RuntimeUnavailableError
+from wm_graph.tolerances import model_limit
 from wm_runtimes import RUNTIMES, availability, open_session
 from wm_runtimes.bundle import Bundle, open_bundle
 from wm_runtimes.draws import Array, Draws, SessionRunner, Trace, run_draws
 from wm_runtimes.selections import NOTHING_CHOSEN, Judgement
-from wm_runtimes.tolerances import model_limit
 
 Progress = Callable[[str, float], None]
 

@@ -23,13 +23,13 @@ from wm_graph.errors import BudgetError, InputError, RuntimeUnavailableError
 from wm_graph.oracle import oracle_forward
 from wm_graph.params import CdmoeParams, Params, params_from_flat
 from wm_graph.taps import Taps
+from wm_graph.tolerances import FLOOR_ULPS, UNIT_ROUNDOFF, model_limit, score_budget
 from wm_runtimes import availability, open_session
 from wm_runtimes.bundle import Bundle
 from wm_runtimes.choices import EagerRunner, TellingSession, choice_names
 from wm_runtimes.draws import Array, Choices, Draws, Trace, make_draws, run_draws
 from wm_runtimes.selections import NOTHING_CHOSEN, Judgement, judge_experts, judge_window
 from wm_runtimes.session import Session
-from wm_runtimes.tolerances import FLOOR_ULPS, UNIT_ROUNDOFF, model_limit, score_budget
 
 Progress = Callable[[str, float], None]
 

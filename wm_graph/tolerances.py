@@ -1,6 +1,6 @@
 """Every limit of the project, in one table: op × dtype × runtime, whole models, choices. Needs no torch.
 
-`python -m wm_runtimes.tolerances > docs/tolerances.md` renders it; a limit that is exceeded fails, it never warns.
+`python -m wm_graph.tolerances > docs/tolerances.md` renders it; a limit that is exceeded fails, it never warns.
 
 u is the unit roundoff of a dtype: half the gap between 1 and the next larger number.
 """
@@ -174,7 +174,7 @@ def _rows(title: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> Iterator[s
 
 def _introduction() -> Iterator[str]:
     yield "# Tolerances\n"
-    yield "Written by `python -m wm_runtimes.tolerances` from the table in `runtimes/wm_runtimes/tolerances.py`."
+    yield "Written by `python -m wm_graph.tolerances` from the table in `wm_graph/tolerances.py`."
     yield "A limit fails, it never warns.\n"
     yield "u is the unit roundoff: " + ", ".join(f"{dtype} {u:.3g}" for dtype, u in UNIT_ROUNDOFF.items()) + ".\n"
 
