@@ -257,6 +257,19 @@ def test_weights_with_nan_give_no_text(refused, bundle):
         assert "not finite" in refused("generate", bundle, "--prompt", "a", "--runtime", runtime)
 
 
+@pytest.mark.parametrize("command", ["check", "parity", "bench"])
+def test_weights_with_nan_are_damaged_input_to_every_command(refused, bundle, command):
+    change_weights(bundle, lambda tensors: tensors["norm"].__setitem__(0, np.nan))
+    assert "not finite" in refused(command, bundle, "--runtimes", "onnxruntime-cpu")
+
+
+def test_weights_with_nan_are_not_exported_into_their_bundle(refused, bundle):
+    change_weights(bundle, lambda tensors: tensors["norm"].__setitem__(0, np.nan))
+    before = (bundle / "manifest.json").read_bytes()
+    assert "'norm' holds NaN" in refused("export", "--into", bundle, "--targets", "onnx")
+    assert (bundle / "manifest.json").read_bytes() == before
+
+
 def test_numbers_out_of_budget_are_exit_code_1(capfd, bundle):
     change_weights(bundle, lambda tensors: tensors["norm"].__setitem__(slice(None), 1.01))
     result = wm(capfd, "check", bundle, "--runtimes", "onnxruntime-cpu")

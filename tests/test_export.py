@@ -1,6 +1,8 @@
 """What `wm_export` writes: two ONNX headers over one weights file, equal to eager, on any runtime, and nothing when it fails."""
 
 import json
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,33 +13,71 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-import wm_export.bundle
 import wm_export.to_onnx
+from helpers import LIMIT, Judge, lively_params, random_tokens
 from wm_export import export_bundle, export_into
 from wm_graph import ModelConfig, forward, init_params, load_checkpoint, save_checkpoint, zero_state
 from wm_graph.errors import CheckpointError, ExportError
+from wm_graph.params import Params, map_tensors
 from wm_graph.shapes import state_leaves
 from wm_graph.state import state_from_flat, state_to_flat
 from wm_graph.taps import Taps
 
-PRESETS = ("cheems-tiny-moe", "llama-tiny")
+
+def shaped(preset: str, **changes: object) -> ModelConfig:
+    """Eight layers of a preset (Cheems: 7 ssd, 1 dynamic_mask_attention) with a window that long inputs overflow."""
+    cfg = ModelConfig.preset(preset)
+    return replace(cfg, layers=cfg.layers[:8], keep_window=24, **changes)
+
+
+CONFIGS = {"cheems-tiny-moe": shaped("cheems-tiny-moe"), "llama-tiny": shaped("llama-tiny")}
+OTHERS = {
+    "cheems-tiny": shaped("cheems-tiny"),
+    "cheems-20m widths": shaped("cheems-20m", vocab_size=1024),
+    "cheems-20m-moe widths": shaped("cheems-20m-moe", vocab_size=1024),
+}
+ONE_OF_EACH = ModelConfig(
+    name="one-of-each", vocab_size=64, d_model=32, d_ff=48, n_head=4, n_kv_head=2, head_dim=8, ssd_head=2, ssd_head_dim=16, ssd_state=8,
+    ssd_group=1, keep_window=6, qk_norm=True, learned_residual=True, n_expert=16, n_retrieval_head=2, n_pick=2, d_retrieval=8,
+    layers=(("ssd", "cdmoe"), ("dynamic_mask_attention", "cdmoe"), ("attention", "cdmoe")),
+)  # fmt: skip
 FILES = ("model.onnx", "model.ort.onnx")
 STATE_TAPS = [
     ("ssd_scan_rope", "state"),
     *(("attention", leaf) for leaf in ("k", "v")),
     *(("keep_window_attention", leaf) for leaf in ("k", "v", "score", "slot_position")),
 ]
-LIMIT = 1e-4  # max abs on logits of scale about 1, float32: see wm_graph.tolerances
 
 
-@pytest.fixture(scope="session", params=PRESETS)
-def exported(request, tmp_path_factory) -> tuple[Path, Path]:
-    """(checkpoint, bundle) of a tiny model, exported once."""
-    root = tmp_path_factory.mktemp("export")
-    cfg = ModelConfig.preset(request.param)
-    save_checkpoint(root / "checkpoint", cfg, init_params(cfg, seed=3))
+def sharp_params(cfg: ModelConfig) -> Params:
+    """Lively parameters whose window scores lie so far apart that rounding does not reorder them."""
+    # Under these seeds neither kept keys nor experts are near a tie, so that every runtime chooses alike.
+    return map_tensors(lively_params(cfg, seed=3), lambda name, tensor: tensor * 20 if name.endswith("mixer.dt") else tensor)
+
+
+def made(root: Path, cfg: ModelConfig) -> tuple[Path, Path]:
+    """(checkpoint, bundle) of a configuration."""
+    save_checkpoint(root / "checkpoint", cfg, sharp_params(cfg))
     export_bundle(root / "checkpoint", root / "bundle")
     return root / "checkpoint", root / "bundle"
+
+
+@pytest.fixture(scope="session", params=CONFIGS)
+def exported(request, tmp_path_factory) -> tuple[Path, Path]:
+    """(checkpoint, bundle) of a tiny model, exported once."""
+    return made(tmp_path_factory.mktemp("export"), CONFIGS[request.param])
+
+
+@pytest.fixture(scope="session", params=OTHERS)
+def other(request, tmp_path_factory) -> tuple[Path, Path]:
+    """(checkpoint, bundle) of models that are run but not taken apart."""
+    return made(tmp_path_factory.mktemp("other"), OTHERS[request.param])
+
+
+@pytest.fixture(scope="session")
+def one_of_each(tmp_path_factory) -> tuple[Path, Path]:
+    """(checkpoint, bundle) of the smallest model that has every op."""
+    return made(tmp_path_factory.mktemp("each"), ONE_OF_EACH)
 
 
 def random_inputs(cfg: ModelConfig, batch: int, tokens: int, capacity: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -51,7 +91,17 @@ def random_inputs(cfg: ModelConfig, batch: int, tokens: int, capacity: int, seed
     } | {name: leaf.numpy() for name, leaf in state.items()}
 
 
-def eager_outputs(cfg: ModelConfig, params, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def next_inputs(cfg: ModelConfig, outputs: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
+    """Inputs for one more token per row, on the state that a call gave."""
+    batch = len(outputs["position.next"])
+    return {name.removesuffix(".next"): value for name, value in outputs.items() if name.endswith(".next")} | {
+        "tokens": np.random.default_rng(seed).integers(0, cfg.vocab_size, (batch, 1)),
+        "valid": np.ones(batch, np.int64),
+        "select": np.zeros((batch, 1), np.int64),
+    }
+
+
+def eager_outputs(cfg: ModelConfig, params: Params, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The same call through `forward`, by output name."""
     tensors = {name: torch.from_numpy(value.copy()) for name, value in inputs.items()}
     state = state_from_flat(cfg, {spec.name: tensors[spec.name] for spec in state_leaves(cfg)})
@@ -67,38 +117,90 @@ def assert_same_logits(inputs: dict[str, np.ndarray], got: np.ndarray, expected:
     assert np.abs(got[real] - expected[real]).max() <= LIMIT
 
 
+@cache
+def eager_calls(checkpoint: Path, batch: int, tokens: int) -> list[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """(inputs, logits) of a prefill of unequal rows and two single tokens after it."""
+    cfg, params = load_checkpoint(checkpoint)
+    inputs, calls = random_inputs(cfg, batch, tokens, capacity=300, seed=tokens), []
+    for step in range(3):
+        outputs = eager_outputs(cfg, params, inputs)
+        calls.append((inputs, outputs["logits"]))
+        inputs = next_inputs(cfg, outputs, seed=tokens + step)
+    return calls
+
+
+def assert_onnx_equals_eager(made: tuple[Path, Path], file: str, batch: int, tokens: int) -> None:
+    """The file's logits are eager's, on a prefill and on two single tokens after it, each side going on from its own state."""
+    checkpoint, bundle = made
+    cfg, _ = load_checkpoint(checkpoint)
+    run = session(bundle, file)
+    names = [output.name for output in run.get_outputs()]
+    inputs = None
+    for step, (eager_inputs, expected) in enumerate(eager_calls(checkpoint, batch, tokens)):
+        inputs = eager_inputs if inputs is None else inputs
+        got = dict(zip(names, run.run(None, inputs), strict=True))
+        assert_same_logits(inputs, got["logits"], expected)
+        inputs = next_inputs(cfg, got, seed=tokens + step)
+
+
+@cache
 def session(bundle: Path, file: str) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(bundle / file), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *OTHERS])
+def test_models_here_have_logits_of_scale_one_and_keep_keys_by_score(name):
+    cfg = (CONFIGS | OTHERS)[name]
+    with torch.no_grad():
+        logits, state = forward(cfg, sharp_params(cfg), random_tokens(cfg, 2, 65), zero_state(cfg, 2, 65))
+    assert 0.3 < logits.std() < 3
+    kept = [leaf for leaf_name, leaf in state_to_flat(cfg, state).items() if leaf_name.endswith("slot_position")]
+    assert len(kept) == sum(mixer == "dynamic_mask_attention" for mixer, _ in cfg.layers)
+    for position_BKW in kept:
+        assert (position_BKW.sort(-1).values != torch.arange(41, 65)).any(-1).all()  # not the latest 24
 
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65, 257])
 def test_onnx_equals_eager_then_decodes_on(exported, file, batch, tokens):
-    checkpoint, bundle = exported
-    cfg, params = load_checkpoint(checkpoint)
-    run = session(bundle, file)
-    inputs = random_inputs(cfg, batch, tokens, capacity=300, seed=tokens)
-    for _ in range(3):
-        names = [output.name for output in run.get_outputs()]
-        got = dict(zip(names, run.run(None, inputs), strict=True))
-        assert_same_logits(inputs, got["logits"], eager_outputs(cfg, params, inputs)["logits"])
-        rng = np.random.default_rng(tokens)
-        inputs = {name: got[f"{name}.next"] for name in inputs if f"{name}.next" in got} | {
-            "tokens": rng.integers(0, cfg.vocab_size, (batch, 1)),
-            "valid": np.ones(batch, np.int64),
-            "select": np.zeros((batch, 1), np.int64),
-        }
+    assert_onnx_equals_eager(exported, file, batch, tokens)
 
 
-def test_reference_evaluator_runs_the_portable_file(exported):
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 65])
+def test_onnx_equals_eager_for_other_feed_forwards_and_widths(other, file, batch, tokens):
+    assert_onnx_equals_eager(other, file, batch, tokens)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("tokens", [1, 65])
+def test_eager_equals_oracle_for_other_feed_forwards_and_widths(name, tokens):
+    judge = Judge(OTHERS[name], sharp_params(OTHERS[name]), random_tokens(OTHERS[name], 3, tokens))
+    for pieces in (None, (tokens,)):
+        assert judge.max_abs(*judge.run(pieces)) <= LIMIT
+
+
+@cache
+def evaluator(bundle: Path) -> onnx.reference.ReferenceEvaluator:
+    return onnx.reference.ReferenceEvaluator(str(bundle / "model.onnx"))
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_reference_evaluator_runs_the_portable_file(exported, tokens):
     checkpoint, bundle = exported
     cfg, params = load_checkpoint(checkpoint)
-    evaluator = onnx.reference.ReferenceEvaluator(str(bundle / "model.onnx"))
-    for tokens in (1, 5):
-        inputs = random_inputs(cfg, 2, tokens, capacity=9, seed=tokens)
-        logits = evaluator.run(["logits"], inputs)[0]
-        assert_same_logits(inputs, logits, eager_outputs(cfg, params, inputs)["logits"])
+    inputs = random_inputs(cfg, 2, tokens, capacity=9, seed=tokens)
+    assert_same_logits(inputs, evaluator(bundle).run(["logits"], inputs)[0], eager_outputs(cfg, params, inputs)["logits"])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 5, 63, 65, 257])
+def test_reference_evaluator_equals_eager_at_every_length(one_of_each, batch, tokens):
+    checkpoint, bundle = one_of_each
+    for inputs, expected in eager_calls(checkpoint, batch, tokens)[:2]:
+        assert_same_logits(inputs, evaluator(bundle).run(["logits"], inputs)[0], expected)
 
 
 def test_capacity_of_one_runs(exported):

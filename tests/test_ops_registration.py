@@ -106,7 +106,7 @@ def test_fake_kernel_agrees_with_rope_angles():
         torch.library.opcheck(wm.rope_angles, (torch.arange(6).view(2, 3), 4, 10000.0, double))
 
 
-@pytest.mark.parametrize("form", STATE_FORMS[:2])
+@pytest.mark.parametrize("form", [(T, False, False), (T, True, True), (1, False, False), (1, True, False), (1, True, True)])
 @pytest.mark.parametrize("name", list(state_calls(*STATE_FORMS[0])))
 def test_fake_kernel_and_autograd_agree_with_the_stateful_op(name, form):
     op, in_place, call = state_calls(*form)[name]

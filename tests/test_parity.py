@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -16,7 +17,7 @@ from helpers import MODELS, lively_params
 from wm_export import export_bundle
 from wm_export.weights import write_weights
 from wm_graph import save_checkpoint
-from wm_graph.errors import BundleError, InputError, RuntimeUnavailableError
+from wm_graph.errors import BundleError, CheckpointError, InputError, RuntimeUnavailableError
 from wm_graph.tolerances import MODEL_LIMITS, OP_LIMITS, model_limit, op_limit, render, score_budget
 from wm_runtimes import open_bundle, sha256_of
 from wm_runtimes.check import check_bundle
@@ -185,7 +186,6 @@ FAULTS = {
     "prefill one position off": prefill_off_by_one,
     "swapped states": swapped_states,
     "one logit off": shifted_logits,
-    "NaN": nan_logit,
 }
 
 
@@ -265,6 +265,54 @@ def test_check_names_a_damaged_file(folder: Path, tmp_path: Path) -> None:
     (copy / "model.safetensors").write_bytes(data)
     with pytest.raises(BundleError, match=r"model\.safetensors: SHA-256"):
         check_bundle(copy)
+
+
+def test_nan_logits_are_damaged_input(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nan_logit(folder, monkeypatch)
+    with pytest.raises(CheckpointError, match="not finite in row"):
+        measure_parity(open_bundle(folder), ["onnxruntime-cpu"], draws=2, longest_prompt=8, decode_steps=1)
+    with pytest.raises(CheckpointError, match="not finite in row"):
+        check_bundle(folder, ["onnxruntime-cpu"])
+
+
+@pytest.mark.parametrize("change", [lambda logits: logits + 1, torch.randn_like], ids=["shifted", "random"])
+def test_golden_logits_of_another_model_fail(folder: Path, tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Also on a model that chooses: following the runtime's choices must not replace the golden logits."""
+    copy = tmp_path / "bundle"
+    shutil.copytree(folder, copy)
+    golden = load_file(copy / "golden.safetensors")
+    golden["logits"] = change(golden["logits"])
+    save_file(golden, copy / "golden.safetensors")
+    resign(copy, "golden.safetensors")
+    report = check_bundle(copy, ["eager", "onnxruntime-cpu"])
+    assert not report.passed
+    assert all(not row.passed for row in report.rows if "golden logits" in row.detail)
+    assert sum("golden logits" in row.detail for row in report.rows) == 3
+
+
+def test_other_weights_than_the_golden_ones_fail(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(folder, copy)
+    weights = load_file(copy / "model.safetensors")
+    write_weights({name: weight * 1.3 for name, weight in weights.items()}, copy / "model.safetensors")
+    resign(copy, "model.safetensors")
+    assert not check_bundle(copy, ["eager", "onnxruntime-cpu"]).passed
+
+
+@pytest.mark.parametrize(("field", "value"), [("parameters", 7), ("d_ff", 4096), ("keep_window", "state")])
+def test_manifest_that_does_not_fit_the_weights_is_one_line(folder: Path, tmp_path: Path, field: str, value: Any) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(folder, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    if value == "state":
+        manifest["state"].pop()
+    elif field in manifest:
+        manifest[field] = value
+    else:
+        manifest["config"][field] = value
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=r"manifest\.json"):
+        check_bundle(copy, ["eager"])
 
 
 @pytest.mark.parametrize("change", ["missing", "shape", "nan"])

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers import lively_params
 from wm_export import export_bundle
-from wm_graph import ModelConfig, init_params, save_checkpoint
+from wm_graph import ModelConfig, save_checkpoint
 from wm_graph.errors import CapacityError
 from wm_runtimes import Session, Snapshot, open_session
 from wm_runtimes.snapshot import Array
@@ -30,7 +31,7 @@ TOKENS_BT = np.random.default_rng(5).integers(0, 64, (B, T))
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    save_checkpoint(folder / "checkpoint", CONFIG, init_params(CONFIG, seed=3))
+    save_checkpoint(folder / "checkpoint", CONFIG, lively_params(CONFIG, seed=3))
     export_bundle(folder / "checkpoint", folder / "bundle")
     return folder / "bundle"
 
@@ -53,6 +54,14 @@ def close_to(got: Array, expected: Array) -> None:
 
 def every(length: int, rows: int = B) -> Array:
     return np.tile(np.arange(length), (rows, 1))
+
+
+def test_the_model_ranks_its_window_by_score(session: Session) -> None:
+    logits = session.prefill(TOKENS_BT, select=every(T))
+    assert 0.3 < logits.std() < 3
+    (position_BKW,) = (leaf for name, leaf in session.snapshot().leaves.items() if name.endswith("slot_position"))
+    latest = np.arange(T - CONFIG.keep_window, T)
+    assert (np.sort(position_BKW, -1) != latest).any(-1).all()
 
 
 @pytest.mark.parametrize("edges", [[0, 16, 17], [0, 1, 2, 17], [0, 5, 9, 16, 17], list(range(18))])

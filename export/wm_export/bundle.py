@@ -93,7 +93,7 @@ def export_into(bundle: str | Path, *, targets: Sequence[str] = TARGETS, progres
     dtype = names[manifest["dtype"]]
     _check_options(targets, dtype)
     cfg = ModelConfig.from_dict(manifest["config"])
-    params_from_flat(cfg, load_tensors(bundle))
+    _check_finite(cfg, params_from_flat(cfg, load_tensors(bundle)))
     tell("exporting to ONNX", 0.1)
     fresh = [bundle / f"{_FRESH}{name}" for name in (*FILES.values(), "manifest.json")]
     try:

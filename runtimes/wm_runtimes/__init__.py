@@ -87,9 +87,9 @@ def open_session(
         RuntimeUnavailableError: the runtime cannot run here, or cannot run this bundle.
     """
     _check_known(runtime)
-    if isinstance(bundle, str | os.PathLike):
-        from wm_runtimes.bundle import open_bundle
+    from wm_runtimes.bundle import Bundle, open_bundle
 
+    if not isinstance(bundle, Bundle):
         bundle = open_bundle(bundle)
     return RUNTIMES[runtime](bundle, batch, capacity, **options)
 

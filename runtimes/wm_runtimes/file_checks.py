@@ -36,8 +36,11 @@ def check_file(path: Path, name: str) -> None:
         check_onnx(path, name)
 
 
-def check_safetensors(path: Path, name: str) -> None:
+def check_safetensors(path: Path, name: str) -> dict[str, tuple[int, ...]]:
     """Check the header of a safetensors file: its length, its JSON, and that every tensor lies inside the file.
+
+    Returns:
+        Tensor name -> shape.
 
     Raises:
         BundleError: the header is damaged.
@@ -57,6 +60,7 @@ def check_safetensors(path: Path, name: str) -> None:
     for tensor, entry in header.items():
         if tensor != "__metadata__" and not _plausible_tensor(entry, size - 8 - length):
             raise BundleError(f"{name}: tensor {tensor!r} has a damaged header entry (dtype, shape or offsets); export the bundle again")
+    return {tensor: tuple(entry["shape"]) for tensor, entry in header.items() if tensor != "__metadata__"}
 
 
 def _plausible_tensor(entry: Any, data_bytes: int) -> bool:

@@ -3,13 +3,14 @@
 B batch, T tokens, S selected tokens, V vocabulary.
 """
 
+import os
 from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
-from wm_graph.errors import BundleError, InputError, WmError
+from wm_graph.errors import BundleError, CheckpointError, InputError, WmError
 from wm_runtimes.bundle import Bundle
 from wm_runtimes.inputs import check_ids, check_room, check_rows, check_select, check_tokens, check_valid, integers
 from wm_runtimes.snapshot import Snapshot
@@ -122,13 +123,17 @@ class Session(ABC):
         self._check_usable()
         return Snapshot(self.bundle.fingerprint, self.bundle.name, self.batch, self.capacity, self.position, self._buffers.copy())
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Return to a snapshot, of this session or of another one on the same bundle, batch and capacity, whatever its runtime.
+    def restore(self, snapshot: Snapshot | str | os.PathLike[str]) -> None:
+        """Return to a snapshot, or a file of one, of this session or another on the same bundle, batch and capacity, whatever its runtime.
 
         Raises:
-            InputError: the snapshot does not fit; the state is unchanged.
+            InputError: the snapshot does not fit or cannot be read; the state is unchanged.
         """
         self._check_open()
+        if isinstance(snapshot, str | os.PathLike):
+            snapshot = Snapshot.load(snapshot)
+        if not isinstance(snapshot, Snapshot):
+            raise InputError(f"snapshot is {type(snapshot).__name__}, expected a Snapshot or the path of a saved one")
         self._check_fits(snapshot)
         self._buffers.fill(snapshot.leaves)
         self._position_B[:] = snapshot.position_B
@@ -249,6 +254,7 @@ class Session(ABC):
                 buffers, start = self._subset, 0
                 buffers.gather(self._buffers, rows_B)
             logits_BSV = self._run(buffers, start, self._position_B[rows_B], tokens_BT, valid_B, select_BS)
+            self._check_finite(logits_BSV, valid_B, rows_B)
             if not neighbours:
                 buffers.scatter(self._buffers, rows_B)
         except WmError:
@@ -259,6 +265,17 @@ class Session(ABC):
                 f"{self.bundle.path}: {self.runtime} failed in a run: {first_line(error)}; the session's state is undefined, call reset()"
             ) from error
         return logits_BSV
+
+    def _check_finite(self, logits_BSV: Array, valid_B: Array, rows_B: Array) -> None:
+        """Refuse a result that no sound model gives. Positions have not moved, but the state behind them may hold the same NaN."""
+        # max propagates NaN, so one pass finds it and +inf.
+        if valid_B.any() and not np.isfinite(logits_BSV[valid_B > 0].max()):
+            self._broken = True
+            bad = rows_B[(valid_B > 0) & ~np.isfinite(logits_BSV).all((1, 2))]
+            raise CheckpointError(
+                f"{self.bundle.path}: logits are not finite in row {bad[0]}: the weights may hold NaN or overflow {self.bundle.dtype}; "
+                "repair the checkpoint and export it again"
+            )
 
 
 def first_line(error: BaseException) -> str:

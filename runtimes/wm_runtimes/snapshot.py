@@ -35,6 +35,7 @@ class Snapshot:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, to a temporary sibling first."""
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         header = {
@@ -49,8 +50,8 @@ class Snapshot:
         try:
             save_file({**self.leaves, "position": self.position_B}, partial, metadata=header)
             os.replace(partial, target)
-        except OSError as error:
-            raise InputError(f"{target}: cannot write the snapshot ({error.strerror or error}); choose another path") from error
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{target}: cannot write the snapshot ({error}); choose another path") from error
         finally:
             partial.unlink(missing_ok=True)
 
