@@ -49,10 +49,16 @@ STATE_TAPS = [
 ]
 
 
+# With these seeds no choice of experts or keys changes under relative noise of 2e-6 in all weights: every runtime chooses alike.
+SEEDS = {"cheems-20m-moe": 4}
+SEED = 1
+
+
+@cache
 def sharp_params(cfg: ModelConfig) -> Params:
     """Lively parameters whose window scores lie so far apart that rounding does not reorder them."""
-    # Under these seeds neither kept keys nor experts are near a tie, so that every runtime chooses alike.
-    return map_tensors(lively_params(cfg, seed=3), lambda name, tensor: tensor * 20 if name.endswith("mixer.dt") else tensor)
+    params = lively_params(cfg, SEEDS.get(cfg.name, SEED))
+    return map_tensors(params, lambda name, tensor: tensor * 20 if name.endswith("mixer.dt") else tensor)
 
 
 def made(root: Path, cfg: ModelConfig) -> tuple[Path, Path]:
@@ -290,7 +296,7 @@ def test_half_precision_bundle_stays_near_float32(exported, tmp_path):
         half = {name: value.astype(np.float16) if _is_half(run, name) else value for name, value in inputs.items()}
         got = run.run(["logits"], half)[0]
         real = inputs["select"] < inputs["valid"][:, None]
-        # Half precision rounds weights to 2^-11; eight layers of that on logits of scale 0.2 stay well inside 2 %.
+        # Half precision rounds weights to 2^-11; eight layers of that on logits of scale 1 stay well inside 2 %.
         assert np.sqrt(np.mean((got[real] - expected[real]) ** 2)) < 0.02 * np.sqrt(np.mean(expected[real] ** 2)) + 2e-3
 
 
