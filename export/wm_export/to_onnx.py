@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -74,6 +75,8 @@ def onnx_from_program(program: Program, weights: Path, weights_name: str) -> dic
         del proto.functions[:]
         proto.functions.extend(functions)
         _declare_opsets(proto, functions)
+        if flavour == "ort":
+            _keep_tied_head_in_the_file(proto)
         protos[flavour] = proto
     return protos
 
@@ -205,6 +208,31 @@ def _strip(model: ir.Model) -> None:
             value.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
+
+
+def _keep_tied_head_in_the_file(proto: onnx.ModelProto) -> None:
+    """Hide from onnxruntime that a tied head's weight is constant, by a Reshape to its own shape that depends on the call.
+
+    onnxruntime packs constant weights into private copies, which pays for every linear layer but not here: a prefill asks the head for one
+    row, and the embedding must stay for its own look-ups, so that the model's largest matrix would be held twice.
+    """
+    graph = proto.graph
+    looked_up = {node.input[0] for node in graph.node if node.op_type == "Gather"}
+    heads = [(index, node) for index, node in enumerate(graph.node) if node.op_type == "Gemm" and node.input[1] in looked_up]
+    for index, head in reversed(heads):
+        weight = head.input[1]
+        (dims,) = (list(item.dims) for item in graph.initializer if item.name == weight)
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array(dims, np.int64), "head.dims"))
+        made = [
+            onnx.helper.make_node("Size", ["select"], ["head.size"], name="model/head_size"),
+            onnx.helper.make_node("Div", ["head.size", "head.size"], ["head.one"], name="model/head_one"),
+            onnx.helper.make_node("Mul", ["head.one", "head.dims"], ["head.shape"], name="model/head_shape"),
+            onnx.helper.make_node("Reshape", [weight, "head.shape"], ["head.weight"], name="model/head_weight"),
+        ]
+        head.input[1] = "head.weight"
+        nodes = list(graph.node)
+        del graph.node[:]
+        graph.node.extend([*nodes[:index], *made, *nodes[index:]])
 
 
 def _declare_opsets(proto: onnx.ModelProto, functions: list[onnx.FunctionProto]) -> None:

@@ -48,8 +48,8 @@ class OnnxRuntimeCpuSession(Session):
         capacity: most tokens per row.
         graph: `model.ort.onnx` (bodies tuned for ONNX Runtime, the default) or `model.onnx` (standard ops).
         threads: intra-op threads; None leaves it to ONNX Runtime.
-        prepack: let ONNX Runtime rearrange weights into a private copy. Off, the file's pages are mapped and shared, opening is instant,
-            and decoding is as fast.
+        prepack: let ONNX Runtime rearrange weights into a private copy, which makes a step some 6 % faster. Off, it computes from the
+            mapped file: opening is instant (SmolLM2-135M: 0.3 s instead of 0.9 s), and processes share the pages.
         alias: bind one buffer to input and output of a state leaf. Off, every step copies the state, for verification.
         spin: let idle threads poll up to 50 µs for work before they sleep: as long as the gap between two nodes, which saves a fifth of a
             decode step (SmolLM2-135M, 2 cores), and no longer, so that a busy machine loses little by it. Off, they sleep at once.
@@ -70,7 +70,7 @@ class OnnxRuntimeCpuSession(Session):
         *,
         graph: str = "model.ort.onnx",
         threads: int | None = None,
-        prepack: bool = False,
+        prepack: bool = True,
         alias: bool = True,
         spin: bool = True,
     ) -> None:

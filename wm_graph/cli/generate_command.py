@@ -41,7 +41,9 @@ def command(
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop_ids": stop_ids(opened, stop_id or [])}
     capacity = capacity or max(len(each.ids) for each in prompts) + max_tokens
     run = Run(prompts, tokenizer, stop or [], streaming=len(prompts) == 1 and not as_json)
-    with open_session(opened, runtime, batch=len(prompts), capacity=capacity) as session:
+    # Packing the weights takes as long as some hundred decode steps could win back: a command answers sooner without.
+    options = {"prepack": False} if runtime == "onnxruntime-cpu" else {}
+    with open_session(opened, runtime, batch=len(prompts), capacity=capacity, **options) as session:
         ready = time.perf_counter()
         session.generate([each.ids for each in prompts], max_tokens, on_token=run.on_token, **sampling)
     run.print_rest(max_tokens, as_json)
