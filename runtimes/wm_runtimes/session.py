@@ -269,7 +269,8 @@ class Session(ABC):
     def _check_finite(self, logits_BSV: Array, valid_B: Array, rows_B: Array) -> None:
         """Refuse a result that no sound model gives. Positions have not moved, but the state behind them may hold the same NaN."""
         # max propagates NaN, so one pass finds it and +inf.
-        if valid_B.any() and not np.isfinite(logits_BSV[valid_B > 0].max()):
+        counted = logits_BSV if valid_B.all() else logits_BSV[valid_B > 0]
+        if counted.size and not np.isfinite(counted.max()):
             self._broken = True
             bad = rows_B[(valid_B > 0) & ~np.isfinite(logits_BSV).all((1, 2))]
             raise CheckpointError(
