@@ -9,7 +9,7 @@ from wm_graph.presets import PRESETS
 from wm_graph.shapes import count_parameters
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "kernels/README.md", "docs/design.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "kernels/README.md", "docs/design.md", "docs/performance.md"]
 
 
 def test_readme_preset_table_is_the_presets():
