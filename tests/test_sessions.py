@@ -516,12 +516,13 @@ def test_generating_nothing_feeds_the_prompts(session: Session) -> None:
     assert session.position.tolist() == [2, 1, 0]
 
 
-def test_logits_that_are_not_finite_end_a_generation_by_name(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_end_a_generation_by_name(session: Session, monkeypatch: pytest.MonkeyPatch, bad: float) -> None:
     run = session._run
 
     def poisoned(*arguments: Any) -> np.ndarray:
         logits_BSV = run(*arguments)
-        logits_BSV[1] = np.nan if session.position[1] > 1 else logits_BSV[1]
+        logits_BSV[1] = bad if session.position[1] > 1 else logits_BSV[1]
         return logits_BSV
 
     monkeypatch.setattr(session, "_run", poisoned)

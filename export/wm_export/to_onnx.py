@@ -1,12 +1,9 @@
 """ONNX headers over the bundle's weights: exported program -> one ModelProto per flavour, with every `wm` op a named node and function."""
 
 import json
-import logging
 import re
 import struct
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +18,7 @@ from onnx_ir.passes import common as passes_common
 
 from wm_export.program import Program
 from wm_graph.errors import ExportError
+from wm_graph.quiet import quiet_libraries
 from wm_graph.taps import OP_OUTPUTS, TapNames
 from wm_kernels.onnx_functions import OPSET, TRANSLATIONS, bodies
 
@@ -81,23 +79,10 @@ def onnx_from_program(program: Program, weights: Path, weights_name: str) -> dic
     return protos
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the exporters' remarks about their own internals (missing torchvision, weights not loaded) off the user's screen."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
 def _translate(program: Program) -> ir.Model:
     """torch's exporter with our translations; everything it prints or warns about its own internals is kept quiet."""
     table = {getattr(torch.ops.wm, name.removeprefix("wm::")).default: function for name, function in TRANSLATIONS.items()}
-    with quiet():
+    with quiet_libraries():
         onnx_program = torch.onnx.export(
             program.exported, (), dynamo=True, opset_version=OPSET, custom_translation_table=table, verbose=False, optimize=False
         )
@@ -117,7 +102,7 @@ def _fold_shapes(model: ir.Model) -> None:
         reads_parameter = any(value is not None and value.name in parameters for value in node.inputs)
         return False if reads_parameter else None
 
-    with quiet():
+    with quiet_libraries():
         onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=should_fold)
         passes.Sequential(
             passes_common.RemoveUnusedNodesPass(),

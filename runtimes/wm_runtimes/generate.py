@@ -7,7 +7,7 @@ import numpy as np
 
 from wm_graph.errors import CapacityError, InputError
 from wm_runtimes.inputs import integers
-from wm_runtimes.sampling import SamplingOptions, check_finite, row_generators, sample
+from wm_runtimes.sampling import SamplingOptions, row_generators, sample
 from wm_runtimes.session import Array, Session
 
 OnToken = Callable[[int, int], Any]
@@ -133,7 +133,7 @@ class _Loop:
         live = list(range(len(logits_BV)))
         try:
             for step in range(max_tokens):
-                fed = [row for row, logits_V in zip(live, logits_BV, strict=True) if self._choose(row, logits_V, step, chosen[row])]
+                fed = [row for row, logits_V in zip(live, logits_BV, strict=True) if self._choose(row, logits_V, chosen[row])]
                 if not fed or step + 1 == max_tokens:
                     break
                 live = fed
@@ -142,9 +142,8 @@ class _Loop:
             self._restore_order()
         return chosen
 
-    def _choose(self, row: int, logits_V: Array, step: int, chosen: list[int]) -> bool:
+    def _choose(self, row: int, logits_V: Array, chosen: list[int]) -> bool:
         """Choose a row's token; whether the row goes on."""
-        check_finite(logits_V, row, step)
         token = sample(logits_V, self.options, None if self.generators is None else self.generators[row])
         if token in self.stops:
             return False

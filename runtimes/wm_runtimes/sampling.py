@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from wm_graph.errors import CheckpointError, InputError
+from wm_graph.errors import InputError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _FIRST_CANDIDATES = 256
@@ -55,19 +55,6 @@ def row_generators(seed: int | None, rows: int) -> list[np.random.Generator]:
         raise InputError(f"seed is {seed!r}, expected an integer of at least 0, or None for a fresh one")
     entropy = np.random.SeedSequence().entropy if seed is None else int(seed)
     return [np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy, spawn_key=(row,)))) for row in range(rows)]
-
-
-def check_finite(logits_V: Array, row: int, step: int) -> None:
-    """Refuse logits that no token can be chosen from; -inf for some tokens is fine.
-
-    Raises:
-        CheckpointError: there is NaN or +inf, or every logit is -inf.
-    """
-    # max propagates NaN, so one pass finds all three.
-    if not math.isfinite(logits_V.max()):
-        raise CheckpointError(
-            f"logits are not finite in row {row} at step {step}: the weights may hold NaN or overflow their dtype; run `wm check`"
-        )
 
 
 def sample(logits_V: Array, options: SamplingOptions, generator: np.random.Generator | None = None) -> int:

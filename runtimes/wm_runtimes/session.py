@@ -268,14 +268,13 @@ class Session(ABC):
 
     def _check_finite(self, logits_BSV: Array, valid_B: Array, rows_B: Array) -> None:
         """Refuse a result that no sound model gives. Positions have not moved, but the state behind them may hold the same NaN."""
-        # max propagates NaN, so one pass finds it and +inf.
-        counted = logits_BSV if valid_B.all() else logits_BSV[valid_B > 0]
-        if counted.size and not np.isfinite(counted.max()):
+        # max propagates NaN, so one pass finds it, +inf, and nothing but -inf; -inf for some tokens is fine.
+        bad_B = (valid_B > 0) & ~np.isfinite(logits_BSV.max(-1)).all(-1)
+        if bad_B.any():
             self._broken = True
-            bad = rows_B[(valid_B > 0) & ~np.isfinite(logits_BSV).all((1, 2))]
             raise CheckpointError(
-                f"{self.bundle.path}: logits are not finite in row {bad[0]}: the weights may hold NaN or overflow {self.bundle.dtype}; "
-                "repair the checkpoint and export it again"
+                f"{self.bundle.path}: logits are not finite in row {rows_B[bad_B][0]}: the weights may hold NaN "
+                f"or overflow {self.bundle.dtype}; repair the checkpoint and export it again"
             )
 
 

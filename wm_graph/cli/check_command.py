@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from wm_graph.cli.arguments import AsJson, BundlePath, RuntimeNames
 from wm_graph.cli.checks import split_names
-from wm_graph.cli.console import print_json, print_table, progress_bar, quiet_libraries
+from wm_graph.cli.console import print_json, print_table, progress_bar
+from wm_graph.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from wm_runtimes.check import CheckReport

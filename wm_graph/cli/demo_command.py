@@ -10,7 +10,8 @@ from typing import Annotated, TypeVar
 import typer
 
 from wm_graph.cli.checks import available_runtimes
-from wm_graph.cli.console import human_bytes, human_count, print_table, progress_bar, quiet_libraries
+from wm_graph.cli.console import human_bytes, human_count, print_table, progress_bar
+from wm_graph.quiet import quiet_libraries
 
 PRESET = "cheems-demo"
 TEXTS = ("Wonderful matrices", "State spaces and attention")

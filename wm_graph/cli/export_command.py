@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 import typer
 
 from wm_graph.cli.checks import refuse_existing, split_names
-from wm_graph.cli.console import human_bytes, print_fields, progress_bar, quiet_libraries
+from wm_graph.cli.console import human_bytes, print_fields, progress_bar
 from wm_graph.errors import ConfigError
+from wm_graph.quiet import quiet_libraries
 
 TARGETS = ("onnx",)
 

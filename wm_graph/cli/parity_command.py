@@ -6,7 +6,8 @@ import typer
 
 from wm_graph.cli.arguments import AsJson, BundlePath, RuntimeNames
 from wm_graph.cli.checks import available_runtimes, require_runtimes, split_names
-from wm_graph.cli.console import print_json, print_table, progress_bar, quiet_libraries
+from wm_graph.cli.console import print_json, print_table, progress_bar
+from wm_graph.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from wm_runtimes.parity import ParityReport
