@@ -197,6 +197,38 @@ def expert_mix_case(B: int, T: int, seed: int = 0, half: bool = False, activatio
     return Case("expert_mix", arguments, attributes, {"activation": activation, "weight_inside": inside}, half=half)
 
 
+def conv_case(B: int, T: int, seed: int = 0, half: bool = False, L: int = 4, bias: bool = True, activation: str = "silu") -> Case:
+    rng = np.random.default_rng(seed)
+    arguments = {
+        "x_BTC": normal(rng, B, T, 10),
+        "weight_CL": normal(rng, 10, L),
+        "bias_C": normal(rng, 10) if bias else None,
+        "state_BCY": normal(rng, B, 10, L - 1),
+        "valid_B": ragged(rng, B, T),
+    }
+    return Case("causal_conv1d", arguments, {"activation": activation, "taps": L}, {"activation": activation}, half=half)
+
+
+def gated_rms_norm_case(B: int, T: int, seed: int = 0, half: bool = False) -> Case:
+    rng = np.random.default_rng(seed)
+    arguments = {"y_MC": normal(rng, B * T, 24), "z_MC": normal(rng, B * T, 24), "weight_C": normal(rng, 24)}
+    return Case("gated_rms_norm", arguments, {"eps": 1e-5}, {"eps": 1e-5}, half=half)
+
+
+def selective_case(B: int, T: int, seed: int = 0, half: bool = False, C: int = 10, N: int = 6) -> Case:
+    rng = np.random.default_rng(seed)
+    arguments = {
+        "x_BTC": normal(rng, B, T, C),
+        "dt_BTC": np.log1p(np.exp(2 * normal(rng, B, T, C))),
+        "A_CN": -np.linspace(0.1, 8, C * N, dtype=np.float32).reshape(C, N),
+        "B_BTN": normal(rng, B, T, N),
+        "C_BTN": normal(rng, B, T, N),
+        "state_BCN": normal(rng, B, C, N),
+        "valid_B": ragged(rng, B, T),
+    }
+    return Case("selective_scan", arguments, {}, half=half)
+
+
 CASES = {
     "rope_angles": rope_angles_case,
     "rope": rope_case,
@@ -218,4 +250,9 @@ CASES = {
     "product_key_topk_all": lambda B, T, **more: product_key_case(B, T, k=9, ties=False, **more),
     "expert_mix": expert_mix_case,
     "expert_mix_inside": lambda B, T, **more: expert_mix_case(B, T, activation="gelu", inside=True, **more),
+    "causal_conv1d": conv_case,
+    "causal_conv1d_plain": lambda B, T, **more: conv_case(B, T, L=2, bias=False, activation="none", **more),
+    "gated_rms_norm": gated_rms_norm_case,
+    "selective_scan": selective_case,
+    "selective_scan_one_state": lambda B, T, **more: selective_case(B, T, C=7, N=1, **more),
 }

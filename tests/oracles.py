@@ -67,6 +67,49 @@ def ssd_scan(x, dt, A, B, C, state, valid, cos=None, sin=None):
     return torch.from_numpy(y), torch.from_numpy(final)
 
 
+def causal_conv1d(x, weight, bias, state, valid, activation):
+    """Output and, per row and channel, the last taps - 1 inputs, from lists that hold every input ever seen."""
+    x, weight, bias, state = (_array(value) for value in (x, weight, bias, state))
+    rows, tokens, channels = x.shape
+    kept = weight.shape[1] - 1
+    y, final = np.zeros_like(x), np.zeros((rows, channels, kept))
+    for b, count in enumerate(_valid(valid, rows, tokens)):
+        for c in range(channels):
+            seen = [0.0] * kept if state is None else list(state[b, c])
+            for t in range(count):
+                seen.append(x[b, t, c])
+                total = sum(weight[c, kept - age] * seen[-1 - age] for age in range(kept + 1))
+                total += 0.0 if bias is None else bias[c]
+                y[b, t, c] = total / (1 + math.exp(-total)) if activation == "silu" else total
+            final[b, c] = seen[len(seen) - kept :]
+    return torch.from_numpy(y), torch.from_numpy(final)
+
+
+def gated_rms_norm(y, z, weight, eps):
+    y, z, weight = _array(y), _array(z), _array(weight)
+    out = np.zeros_like(y)
+    for m in range(y.shape[0]):
+        gated = [value * gate / (1 + math.exp(-gate)) for value, gate in zip(y[m], z[m], strict=True)]
+        root = math.sqrt(sum(value * value for value in gated) / len(gated) + eps)
+        out[m] = [scale * value / root for scale, value in zip(weight, gated, strict=True)]
+    return torch.from_numpy(out)
+
+
+def selective_scan(x, dt, A, B, C, state, valid):
+    x, dt, A, B, C = (_array(value) for value in (x, dt, A, B, C))
+    rows, tokens, channels = x.shape
+    final = np.zeros((rows, *A.shape)) if state is None else _array(state).copy()
+    y = np.zeros_like(x)
+    for b, count in enumerate(_valid(valid, rows, tokens)):
+        for t in range(count):
+            for c in range(channels):
+                step = dt[b, t, c]
+                for n in range(A.shape[1]):
+                    final[b, c, n] = math.exp(step * A[c, n]) * final[b, c, n] + step * x[b, t, c] * B[b, t, n]
+                y[b, t, c] = sum(final[b, c, n] * C[b, t, n] for n in range(A.shape[1]))
+    return torch.from_numpy(y), torch.from_numpy(final)
+
+
 def _softmax_mix(query, keys, values, bias):
     logits = [float(query @ key) / math.sqrt(len(query)) + add for key, add in zip(keys, bias, strict=True)]
     top = max(logits)

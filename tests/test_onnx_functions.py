@@ -105,6 +105,8 @@ def walk(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
 
 STATES = {
     "state_BHPN": "next_BHPN",
+    "state_BCY": "next_BCY",
+    "state_BCN": "next_BCN",
     "cache_k_BKSP": "next_k_BKSP",
     "cache_v_BKSP": "next_v_BKSP",
     "slot_k_BKWP": "next_k_BKWP",

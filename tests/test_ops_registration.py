@@ -54,6 +54,19 @@ def keep_call(tokens, state, valid, dtype=torch.float32):
     return *qkv(tokens, dtype), normal(B, tokens, K, dtype=dtype), *slots, valid_B, W
 
 
+def conv_call(tokens, state, valid, dtype=torch.float32):
+    valid_B = torch.tensor([tokens, tokens - 1]) if valid else None
+    state_BCY = normal(B, P, 2, dtype=dtype) if state else None
+    return normal(B, tokens, P, dtype=dtype), normal(P, 3, dtype=dtype), normal(P, dtype=dtype), state_BCY, valid_B, "silu"
+
+
+def selective_call(tokens, state, valid, dtype=torch.float32):
+    x, dt, A = normal(B, tokens, P, dtype=dtype), normal(B, tokens, P, dtype=dtype).abs(), -normal(P, N, dtype=dtype).abs()
+    valid_B = torch.tensor([tokens, tokens - 1]) if valid else None
+    state_BCN = normal(B, P, N, dtype=dtype) if state else None
+    return x, dt, A, normal(B, tokens, N, dtype=dtype), normal(B, tokens, N, dtype=dtype) + 0.1, state_BCN, valid_B
+
+
 def plain_calls(dtype=torch.float32):
     cos, sin = wm.rope_angles(torch.arange(T).repeat(B, 1), F, 100.0, dtype == D)
     x, weight = normal(5, 8, dtype=dtype), normal(8, dtype=dtype)
@@ -64,6 +77,7 @@ def plain_calls(dtype=torch.float32):
         "rope part": (wm.rope, (normal(B, T, H, P + 1, dtype=dtype), cos, sin)),
         "norm": (wm.residual_rms_norm, (x, x + 1, None, weight, 1e-6)),
         "norm scaled": (wm.residual_rms_norm, (x, x + 1, weight + 1, weight, 1e-6)),
+        "gated norm": (wm.gated_rms_norm, (x, x + 1, weight, 1e-6)),
         "topk": (wm.product_key_topk, (normal(B, T, 2, 2, 3, dtype=dtype), normal(2, 4, 2, 3, dtype=dtype), 2)),
         "mix": (wm.expert_mix, (*mix, "silu", False)),
         "mix inside": (wm.expert_mix, (*mix, "gelu", True)),
@@ -76,6 +90,8 @@ def state_calls(tokens, state, valid, dtype=torch.float32):
         "scan rope": (wm.ssd_scan_rope, wm.ssd_scan_rope_, scan_call(tokens, state, valid, True, dtype)),
         "attention": (wm.attention, wm.attention_, attention_call(tokens, state, valid, dtype)),
         "keep": (wm.keep_window_attention, wm.keep_window_attention_, keep_call(tokens, state, valid, dtype)),
+        "conv": (wm.causal_conv1d, wm.causal_conv1d_, conv_call(tokens, state, valid, dtype)),
+        "selective": (wm.selective_scan, wm.selective_scan_, selective_call(tokens, state, valid, dtype)),
     }
 
 
@@ -128,6 +144,14 @@ def test_gradient_of_the_plain_op_is_the_derivative(name):
 def test_gradient_of_the_stateful_op_is_the_derivative(name, form):
     op, _, call = state_calls(*form, D)[name]
     assert torch.autograd.gradcheck(op, requiring_grad(call), fast_mode=True)
+
+
+@pytest.mark.parametrize("form", STATE_FORMS)
+@pytest.mark.parametrize("name", ["conv", "selective"])
+def test_gradient_of_a_channelwise_op_is_the_derivative_also_through_one_output(name, form):
+    op, _, call = state_calls(*form, D)[name]
+    for chosen in (op, lambda *inputs: op(*inputs)[0], lambda *inputs: op(*inputs)[1]):
+        assert torch.autograd.gradcheck(chosen, requiring_grad(call), fast_mode=True)
 
 
 @pytest.mark.parametrize("state", [False, True])
@@ -225,6 +249,34 @@ WRONG = {
     "halves": (
         lambda: wm.product_key_topk(normal(1, 1, 1, 3, 3), normal(1, 4, 2, 3), 2),
         "wm::product_key_topk: query_BTR2d has shape (1, 1, 1, 3, 3), expected (B=1, T=1, R=1, 2, d)",
+    ),
+    "conv state": (
+        lambda: wm.causal_conv1d(normal(2, 3, 4), normal(4, 3), None, normal(2, 4, 3), None, "silu"),
+        "wm::causal_conv1d: state_BCY holds Y = 3 inputs, expected L - 1 = 2",
+    ),
+    "conv taps": (
+        lambda: wm.causal_conv1d(normal(2, 3, 4), normal(4, 0), None, None, None, "none"),
+        "wm::causal_conv1d: L is 0, expected at least 1",
+    ),
+    "conv activation": (
+        lambda: wm.causal_conv1d_(normal(2, 3, 4), normal(4, 3), None, normal(2, 4, 2), None, "relu"),
+        "wm::causal_conv1d_: activation is 'relu', expected one of none, silu",
+    ),
+    "conv valid": (
+        lambda: wm.causal_conv1d(normal(2, 3, 4), normal(4, 3), None, None, normal(2), "none"),
+        "wm::causal_conv1d: valid_B is torch.float32, expected torch.int64",
+    ),
+    "gated norm": (
+        lambda: wm.gated_rms_norm(normal(2, 3), normal(2, 3, dtype=D), normal(3), 1e-6),
+        "wm::gated_rms_norm: z_MC is torch.float64, expected torch.float32",
+    ),
+    "selective rates": (
+        lambda: wm.selective_scan(normal(2, 3, 4), normal(2, 3, 4), normal(4), normal(2, 3, 6), normal(2, 3, 6), None, None),
+        "wm::selective_scan: A_CN has shape (4), expected (C=4, N)",
+    ),
+    "selective state": (
+        lambda: wm.selective_scan_(*selective_call(T, False, False)[:5], normal(B, P, N, dtype=D), None),
+        "wm::selective_scan_: state_BCN is torch.float64, expected torch.float32",
     ),
     "angles": (lambda: wm.rope_angles(torch.zeros(1, 1), 2, 10.0), "wm::rope_angles: position_BT is torch.float32, expected torch.int64"),
 }

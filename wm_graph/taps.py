@@ -20,6 +20,9 @@ OP_OUTPUTS: dict[str, tuple[str, ...]] = {
     "keep_window_attention": ("out", "k", "v", "score", "slot_position"),
     "product_key_topk": ("weight", "expert"),
     "expert_mix": ("y",),
+    "causal_conv1d": ("y", "state"),
+    "gated_rms_norm": ("out",),
+    "selective_scan": ("y", "state"),
 }
 
 

@@ -99,6 +99,9 @@ _OPS: dict[str, tuple[float, float, str]] = {
     "keep_window_attention": (16, 2, "as attention, over the kept keys"),
     "product_key_topk": (8, 2, "softmax over scores that are products over half a query"),
     "expert_mix": (8, 2, "a product over the width per expert, then a sum over the experts"),
+    "causal_conv1d": (8, 2, "a sum over the taps in float32, one sigmoid"),
+    "gated_rms_norm": (8, 4, "one sigmoid, a sum of squares over the width, one root"),
+    "selective_scan": (16, 2, "sums over tokens and state in float32; one exp per token and state"),
 }
 # runtime: factor on the ulps of _OPS, reason
 _RUNTIMES: dict[str, tuple[float, str]] = {

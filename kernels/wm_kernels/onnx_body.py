@@ -165,6 +165,20 @@ class Body:
         graph = self._subgraph(f"{name}_body", inputs, run, [int(TensorProto.BOOL), types])
         return self.node("Loop", count, None, body=graph)
 
+    def scan(
+        self, state: Value, rows: Sequence[Value], types: int, step: Callable[[Value, Sequence[Value]], tuple[Value, Value]]
+    ) -> tuple[Value, Value]:
+        """A Scan node over axis 0 of `rows`: (state, out) = step(state, one of each); the last state, and the outs on a new axis 0.
+
+        `types` is the element type of the state, the rows and the outs.
+        """
+        name = self._name("Scan")
+        inner = [Value(self, f"{name}_state"), *(Value(self, f"{name}_row_{i}") for i in range(len(rows)))]
+        inputs = [helper.make_tensor_value_info(value.name, types, None) for value in inner]
+        graph = self._subgraph(f"{name}_body", inputs, lambda: step(inner[0], inner[1:]), [types, types])
+        last, outs = self.node("Scan", state, *rows, outs=2, body=graph, num_scan_inputs=len(rows))
+        return last, outs
+
     def _subgraph(
         self, name: str, inputs: list[onnx.ValueInfoProto], make: Callable[[], Sequence[Value]], types: Sequence[int]
     ) -> onnx.GraphProto:
