@@ -199,6 +199,45 @@ def test_one_buffer_for_state_in_and_out(name: str, flavour: str, half: bool) ->
                 np.testing.assert_array_equal(g, w)
 
 
+def largest_value(case: Case) -> int:
+    """Elements of the largest value that the portable body makes, those inside of a Scan apart."""
+    model = inline_local_functions(case.model("portable"))
+    names = [name for node in model.graph.node for name in node.output]
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    return max(np.size(value) for value in ReferenceEvaluator(model).run(names, case.feeds()))
+
+
+@pytest.mark.parametrize("name", ["ssd_scan", "ssd_scan_rope", "selective_scan", "causal_conv1d"])
+def test_one_token_is_not_padded_to_a_chunk(name: str) -> None:
+    case = CASES[name](2, 1)
+    (state,) = set(case.arguments) & set(STATES)
+    assert largest_value(case) <= 2 * case.arguments[state].size
+
+
+@pytest.mark.parametrize("name", ["ssd_scan", "ssd_scan_rope", "selective_scan"])
+def test_one_token_in_onnxruntime_is_one_step_without_loop_or_padding(name: str) -> None:
+    graph = inline_local_functions(CASES[name](1, 1).model("ort")).graph
+    (choice,) = (node for node in graph.node if node.op_type == "If")
+    for_one = next(a.g for a in choice.attribute if a.name == "then_branch")
+    always = [node for node in graph.node if node is not choice]
+    assert not {node.op_type for node in [*always, *walk(for_one)]} & {"Pad", "CumSum", "Scan", "Loop", "LinearAttention"}
+
+
+def test_selective_scan_makes_no_states_of_all_tokens() -> None:
+    case = CASES["selective_scan"](2, 65)
+    assert largest_value(case) <= case.arguments["dt_BTC"].size
+
+
+def test_causal_conv1d_with_one_tap_has_an_empty_state() -> None:
+    for flavour in FLAVOURS:
+        for bias in (False, True):
+            case = CASES["causal_conv1d"](3, 5, L=1, bias=bias)
+            model = case.model(flavour)
+            for run in (session(model), ReferenceEvaluator(model)):
+                judge(case, run.run(None, case.feeds()), 4e-6)
+
+
 def test_unset_cells_do_no_harm() -> None:
     run = session(attention_case(1, 1).model("ort"))
     case = attention_case(3, 4)
