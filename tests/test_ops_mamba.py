@@ -5,6 +5,7 @@ B rows, T tokens, C channels, L taps, N state.
 
 import sys
 
+import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +17,9 @@ from transformers.models.mamba2 import modeling_mamba2 as mamba2
 
 import oracles
 import wm_kernels as wm
+from wm_graph.quiet import quiet_libraries
 from wm_graph.tolerances import op_limit
+from wm_kernels import onnx_functions
 
 B, T, C, L, N = 2, 9, 12, 4, 8  # of the comparisons with transformers
 
@@ -211,6 +214,54 @@ def draw(*shape, seed=0):
 def agree(actual, expected, op):
     limit = op_limit(op, "float32", "eager").relative * float(expected.abs().max())
     torch.testing.assert_close(actual, expected, rtol=0, atol=2 * limit)  # both sides round
+
+
+class Mixer(torch.nn.Module):
+    """The three ops in a row, as a layer would use them."""
+
+    def forward(self, x, weight, bias, dt, A, b, c, norm_C, conv_BCY, state_BCN, valid):
+        u, conv_BCY = wm.causal_conv1d(x, weight, bias, conv_BCY, valid, "silu")
+        y, state_BCN = wm.selective_scan(u, dt, A, b, c, state_BCN, valid)
+        out_MC = wm.gated_rms_norm(y.flatten(0, 1), x.flatten(0, 1), norm_C, 1e-5)
+        return out_MC.view_as(x), conv_BCY, state_BCN
+
+
+def mixer_call(tokens, seed=0):
+    x, weight, bias, conv = conv_inputs(tokens, seed, C=3)
+    _, dt, A, b, c, state = selective_inputs(tokens, seed)
+    norm = torch.rand(3, generator=generator(seed), dtype=torch.float64)
+    valid = torch.tensor([tokens, tokens - 1])
+    return *(value.float() for value in (x, weight, bias, dt, A, b, c, norm, conv, state)), valid
+
+
+@pytest.mark.parametrize("flavour", ["portable", "ort"])
+def test_onnx_file_of_a_mixer_keeps_its_states_over_calls(flavour):
+    rows, tokens = (torch.export.Dim(name, min=1, max=4096) for name in ("rows", "tokens"))
+    both, row = {0: rows, 1: tokens}, {0: rows}
+    shapes = (both, None, None, both, None, both, both, None, row, row, row)
+    program = torch.export.export(Mixer(), mixer_call(5), dynamic_shapes=shapes)
+    table = {getattr(torch.ops.wm, name.removeprefix("wm::")).default: function for name, function in onnx_functions.TRANSLATIONS.items()}
+    with quiet_libraries():
+        exported = torch.onnx.export(
+            program, (), dynamo=True, opset_version=onnx_functions.OPSET, custom_translation_table=table, verbose=False, optimize=False
+        )
+    model = exported.model_proto
+    del model.functions[:]
+    model.functions.extend(onnx_functions.bodies(model, flavour))
+    if flavour == "ort":
+        model.opset_import.add(domain="com.microsoft", version=1)
+    run = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [value.name for value in run.get_inputs()]
+    states = mixer_call(1)[8:10]
+    theirs = [state.numpy() for state in states]
+    for seed, tokens in enumerate((5, 1, 1, 3)):
+        *call, _, _, valid = mixer_call(tokens, seed)
+        expected, *states = Mixer()(*call, *states, valid)
+        feeds = [value.numpy() for value in call] + theirs + [valid.numpy()]
+        found, *theirs = run.run(None, dict(zip(names, feeds, strict=True)))
+        near(torch.from_numpy(found)[0], expected[0], 1e-5)
+        for state, other in zip(states, theirs, strict=True):
+            near(torch.from_numpy(other), state, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
