@@ -229,6 +229,63 @@ def selective_case(B: int, T: int, seed: int = 0, half: bool = False, C: int = 1
     return Case("selective_scan", arguments, {}, half=half)
 
 
+def scored_case(
+    B: int,
+    T: int,
+    seed: int = 0,
+    half: bool = False,
+    past: int = 9,
+    H: int = 6,
+    K: int = 2,
+    A: int = 2,
+    scoring: str = "additive",
+    ratio: float = 0.0,
+    ties: bool = True,
+) -> Case:
+    plain = attention_case(B, T, seed, half, past, H, K)
+    rng = np.random.default_rng(seed + 1)
+    k = plain.arguments["cache_k_BKSP"]
+    score, cache = normal(rng, B, T, A), normal(rng, B, A, k.shape[2])
+    if ties:
+        score, cache = np.round(score), np.round(cache)
+    arguments: dict[str, Any] = {}
+    for name, value in plain.arguments.items():
+        if name == "cache_k_BKSP":
+            arguments["score_BTA"] = score
+        if name == "position_B":
+            arguments["cache_score_BAS"] = cache
+        arguments[name] = value
+    attributes = {**plain.attributes, "scoring": scoring, "ratio": repr(ratio), "score_num_heads": A}
+    return Case("scored_attention", arguments, attributes, {"scoring": scoring, "ratio": ratio}, half=half)
+
+
+def router_case(B: int, T: int, seed: int = 0, half: bool = False, k: int = 3, normalize: bool = False, ties: bool = True) -> Case:
+    logits = 2 * normal(np.random.default_rng(seed), B * T, 9)
+    arguments = {"logits_ME": np.round(logits) if ties else logits}
+    return Case("router_topk", arguments, {"k": k, "normalize": int(normalize)}, {"k": k, "normalize": normalize}, half=half)
+
+
+def moe_case(
+    B: int, T: int, seed: int = 0, half: bool = False, gated: bool = True, bias: bool = False, activation: str = "silu", k: int = 2
+) -> Case:
+    rng = np.random.default_rng(seed)
+    M, E, D, I = B * T, 6, 10, 7
+    F = 2 * I if gated else I
+    # The last expert is never chosen; the same one may be chosen twice.
+    arguments = {
+        "x_MD": normal(rng, M, D),
+        "expert_Mk": rng.integers(0, E - 1, (M, k)),
+        "weight_Mk": rng.random((M, k)).astype(np.float32),
+        "in_EFD": normal(rng, E, F, D),
+        "in_bias_EF": normal(rng, E, F) if bias else None,
+        "out_EDI": normal(rng, E, D, I),
+        "out_bias_ED": normal(rng, E, D) if bias else None,
+    }
+    # A size that lets the onnxruntime body gather the matrices of up to 8 picks.
+    attributes = {"activation": activation, "expert_size": 2**16, "gated": int(gated), "num_picks": k}
+    return Case("moe_mix", arguments, attributes, {"activation": activation, "gated": gated}, half=half)
+
+
 CASES = {
     "rope_angles": rope_angles_case,
     "rope": rope_case,
@@ -250,6 +307,15 @@ CASES = {
     "product_key_topk_all": lambda B, T, **more: product_key_case(B, T, k=9, ties=False, **more),
     "expert_mix": expert_mix_case,
     "expert_mix_inside": lambda B, T, **more: expert_mix_case(B, T, activation="gelu", inside=True, **more),
+    "scored_attention": scored_case,
+    "scored_attention_per_head": lambda B, T, **more: scored_case(B, T, past=0, A=6, ties=False, **more),
+    "scored_attention_binary": lambda B, T, **more: scored_case(B, T, A=6, scoring="binary", **more),
+    "scored_attention_ratio": lambda B, T, **more: scored_case(B, T, scoring="ratio", ratio=0.7, **more),
+    "scored_attention_ratio_one_head": lambda B, T, **more: scored_case(B, T, A=1, past=40, scoring="ratio", ratio=0.29, **more),
+    "router_topk": router_case,
+    "router_topk_normalized": lambda B, T, **more: router_case(B, T, k=9, normalize=True, ties=False, **more),
+    "moe_mix": moe_case,
+    "moe_mix_biased": lambda B, T, **more: moe_case(B, T, gated=False, bias=True, activation="gelu", k=3, **more),
     "causal_conv1d": conv_case,
     "causal_conv1d_plain": lambda B, T, **more: conv_case(B, T, L=2, bias=False, activation="none", **more),
     "gated_rms_norm": gated_rms_norm_case,

@@ -164,6 +164,35 @@ def keep_window_attention(q, k, v, score, slots, position, valid, window):
     return torch.from_numpy(out), kept
 
 
+def scored_attention(q, k, v, score, caches, position, valid, scoring, ratio):
+    """Output, and per row the lists of live (key, value) of each kv head and of live scores of each score head."""
+    q, k, v, score = (_array(value) for value in (q, k, v, score))
+    rows, tokens, heads, _ = q.shape
+    out, live = np.zeros_like(q), []
+    for b, count in enumerate(_valid(valid, rows, tokens)):
+        start = 0 if caches is None else int(position[b])
+        past = [[[]] * 16] * 3 if caches is None else [[list(cells[:start]) for cells in _array(cache)[b]] for cache in caches]
+        total = start + count
+        keys, values, scores = (
+            [past[i][head] + list(new[b, :count, head]) for head in range(new.shape[2])] for i, new in enumerate((k, v, score))
+        )
+        live.append((keys, values, scores))
+        for t, h in np.ndindex(count, heads):
+            own = scores[h // (heads // score.shape[2])]
+            seen = list(range(start + t + 1))
+            assert len(seen) <= total
+            bias = own
+            if scoring == "binary":
+                seen, bias = [s for s in seen if own[s] >= 1], [0.0] * total
+            if scoring == "ratio" and (m := math.floor(ratio * len(seen))) >= 1:
+                least = sorted(own[s] for s in seen)[m - 1]
+                seen = [s for s in seen if own[s] >= least]
+            group = h // (heads // k.shape[2])
+            if seen:
+                out[b, t, h] = _softmax_mix(q[b, t, h], *([cells[s] for s in seen] for cells in (keys[group], values[group], bias)))
+    return torch.from_numpy(out), live
+
+
 def product_key_topk(query, keys, picks):
     """Exhaustive search over all J*J experts."""
     query, keys = _array(query), _array(keys)
@@ -188,4 +217,29 @@ def expert_mix(x, expert, weight, down, up, activation, weight_inside):
         e, w = expert[b, t, r, i], weight[b, t, r, i]
         inner = float(x[b, t] @ down[e])
         y[b, t] += (act(w * inner) if weight_inside else act(inner) * w) * up[e]
+    return torch.from_numpy(y)
+
+
+def router_topk(logits, picks, normalize):
+    logits = _array(logits)
+    weight, expert = np.zeros((len(logits), picks)), np.zeros((len(logits), picks), dtype=np.int64)
+    for m, row in enumerate(logits):
+        powers = [math.exp(value - max(row)) for value in row]
+        best = sorted(range(len(row)), key=lambda e: (-row[e], e))[:picks]
+        total = sum(powers[e] for e in best) if normalize else sum(powers)
+        expert[m], weight[m] = best, [powers[e] / total for e in best]
+    return torch.from_numpy(weight), torch.from_numpy(expert)
+
+
+def moe_mix(x, expert, weight, inner, inner_bias, outer, outer_bias, activation, gated):
+    x, expert, weight, inner, inner_bias, outer, outer_bias = (
+        _array(value) for value in (x, expert, weight, inner, inner_bias, outer, outer_bias)
+    )
+    act = {"silu": lambda z: z / (1 + math.exp(-z)), "gelu": lambda z: z * (1 + math.erf(z / math.sqrt(2))) / 2}[activation]
+    y, width = np.zeros_like(x), outer.shape[2]
+    for m, i in np.ndindex(*expert.shape):
+        e = expert[m, i]
+        z = inner[e] @ x[m] + (0 if inner_bias is None else inner_bias[e])
+        hidden = [act(z[j]) * (z[width + j] if gated else 1) for j in range(width)]
+        y[m] += weight[m, i] * (outer[e] @ hidden + (0 if outer_bias is None else outer_bias[e]))
     return torch.from_numpy(y)

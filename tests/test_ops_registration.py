@@ -67,6 +67,21 @@ def selective_call(tokens, state, valid, dtype=torch.float32):
     return x, dt, A, normal(B, tokens, N, dtype=dtype), normal(B, tokens, N, dtype=dtype) + 0.1, state_BCN, valid_B
 
 
+def scored_call(tokens, state, valid, dtype=torch.float32, scoring="additive", A=K):
+    q, k, v, *cache, position, valid_B = attention_call(tokens, state, valid, dtype)
+    # Above 1 for about half of the keys, below it for about half of them.
+    scores = normal(B, tokens, A, dtype=dtype) + 1, *cache, normal(B, A, 9, dtype=dtype) + 1 if state else None
+    return q, k, v, *scores, position, valid_B, scoring, 0.6
+
+
+def moe_call(gated, dtype=torch.float32):
+    x, weight = normal(5, 8, dtype=dtype), normal(5, 2, dtype=dtype)
+    expert, rows = torch.tensor([[0, 3], [3, 1], [3, 3], [0, 1], [1, 3]]), 12 if gated else 6
+    tables = normal(4, rows, 8, dtype=dtype), normal(4, 8, 6, dtype=dtype)
+    biases = (None, None) if gated else (normal(4, rows, dtype=dtype), normal(4, 8, dtype=dtype))
+    return x, expert, weight, tables[0], biases[0], tables[1], biases[1], "silu" if gated else "gelu", gated
+
+
 def plain_calls(dtype=torch.float32):
     cos, sin = wm.rope_angles(torch.arange(T).repeat(B, 1), F, 100.0, dtype == D)
     x, weight = normal(5, 8, dtype=dtype), normal(8, dtype=dtype)
@@ -81,6 +96,10 @@ def plain_calls(dtype=torch.float32):
         "topk": (wm.product_key_topk, (normal(B, T, 2, 2, 3, dtype=dtype), normal(2, 4, 2, 3, dtype=dtype), 2)),
         "mix": (wm.expert_mix, (*mix, "silu", False)),
         "mix inside": (wm.expert_mix, (*mix, "gelu", True)),
+        "router": (wm.router_topk, (x, 3, False)),
+        "router normalized": (wm.router_topk, (x, 3, True)),
+        "moe": (wm.moe_mix, moe_call(False, dtype)),
+        "moe gated": (wm.moe_mix, moe_call(True, dtype)),
     }
 
 
@@ -90,6 +109,9 @@ def state_calls(tokens, state, valid, dtype=torch.float32):
         "scan rope": (wm.ssd_scan_rope, wm.ssd_scan_rope_, scan_call(tokens, state, valid, True, dtype)),
         "attention": (wm.attention, wm.attention_, attention_call(tokens, state, valid, dtype)),
         "keep": (wm.keep_window_attention, wm.keep_window_attention_, keep_call(tokens, state, valid, dtype)),
+        "scored": (wm.scored_attention, wm.scored_attention_, scored_call(tokens, state, valid, dtype)),
+        "scored binary": (wm.scored_attention, wm.scored_attention_, scored_call(tokens, state, valid, dtype, "binary", H)),
+        "scored ratio": (wm.scored_attention, wm.scored_attention_, scored_call(tokens, state, valid, dtype, "ratio", 1)),
         "conv": (wm.causal_conv1d, wm.causal_conv1d_, conv_call(tokens, state, valid, dtype)),
         "selective": (wm.selective_scan, wm.selective_scan_, selective_call(tokens, state, valid, dtype)),
     }
@@ -140,7 +162,7 @@ def test_gradient_of_the_plain_op_is_the_derivative(name):
 
 
 @pytest.mark.parametrize("form", STATE_FORMS)
-@pytest.mark.parametrize("name", ["scan", "scan rope", "attention"])
+@pytest.mark.parametrize("name", ["scan", "scan rope", "attention", "scored", "scored binary", "scored ratio"])
 def test_gradient_of_the_stateful_op_is_the_derivative(name, form):
     op, _, call = state_calls(*form, D)[name]
     assert torch.autograd.gradcheck(op, requiring_grad(call), fast_mode=True)
@@ -180,7 +202,7 @@ def test_gradient_of_keep_window_attention_is_finite_beside_empty_slots():
 @pytest.mark.parametrize("form", [(T, True, False), (T, True, True), (1, True, False), (1, True, True), (70, True, True)])
 @pytest.mark.parametrize("name", list(state_calls(*STATE_FORMS[0])))
 def test_in_place_form_equals_the_functional_form(name, form):
-    if name == "attention" and form[0] > 9:
+    if name.startswith(("attention", "scored")) and form[0] > 9:
         form = (5, *form[1:])
     op, in_place, call = state_calls(*form)[name]
     before = [v.clone() if isinstance(v, torch.Tensor) else v for v in call]
@@ -277,6 +299,35 @@ WRONG = {
     "selective state": (
         lambda: wm.selective_scan_(*selective_call(T, False, False)[:5], normal(B, P, N, dtype=D), None),
         "wm::selective_scan_: state_BCN is torch.float64, expected torch.float32",
+    ),
+    "scored kind": (
+        lambda: wm.scored_attention(*scored_call(T, False, False, scoring="soft")),
+        "wm::scored_attention: scoring is 'soft', expected one of additive, binary, ratio",
+    ),
+    "scored ratio": (
+        lambda: wm.scored_attention_(*scored_call(T, True, False)[:-1], 1.5),
+        "wm::scored_attention_: ratio is 1.5, expected 0 to 1",
+    ),
+    "scored heads": (
+        lambda: wm.scored_attention(*scored_call(T, False, False, A=3)),
+        "wm::scored_attention: H is 4, expected a multiple of A = 3",
+    ),
+    "scored dtype": (
+        lambda: wm.scored_attention(*qkv(T), normal(B, T, K, dtype=D), *(None,) * 5, "additive", 0.0),
+        "wm::scored_attention: score_BTA is torch.float64, expected torch.float32",
+    ),
+    "scored together": (
+        lambda: wm.scored_attention(*qkv(T), normal(B, T, K), *(normal(B, K, 9, P),) * 2, None, None, None, "additive", 0.0),
+        "wm::scored_attention: got cache_k_BKSP, cache_v_BKSP alone, expected all or none of cache_k_BKSP, cache_v_BKSP, cache_score_BAS",
+    ),
+    "router": (lambda: wm.router_topk(normal(2, 3), 4, True), "wm::router_topk: k is 4, expected at most E = 3, the experts"),
+    "moe inner width": (
+        lambda: wm.moe_mix(*moe_call(True)[:-1], False),
+        "wm::moe_mix: F is 12, expected I for I = 6, gated = False",
+    ),
+    "moe activation": (
+        lambda: wm.moe_mix(*moe_call(True)[:-2], "relu", True),
+        "wm::moe_mix: activation is 'relu', expected one of silu, gelu",
     ),
     "angles": (lambda: wm.rope_angles(torch.zeros(1, 1), 2, 10.0), "wm::rope_angles: position_BT is torch.float32, expected torch.int64"),
 }

@@ -20,6 +20,9 @@ OP_OUTPUTS: dict[str, tuple[str, ...]] = {
     "keep_window_attention": ("out", "k", "v", "score", "slot_position"),
     "product_key_topk": ("weight", "expert"),
     "expert_mix": ("y",),
+    "scored_attention": ("out", "k", "v", "score"),
+    "router_topk": ("weight", "expert"),
+    "moe_mix": ("y",),
     "causal_conv1d": ("y", "state"),
     "gated_rms_norm": ("out",),
     "selective_scan": ("y", "state"),
@@ -45,10 +48,10 @@ class Taps:
 
     Args:
         replay: tap name -> choices made by another runtime. `*.product_key_topk.expert` [B, T, R, k] are the experts to take, with the
-            weights that this model gives them; `*.keep_window_attention.score_in` [B, T, K] rank the keys in place of this model's
-            scores (training path only).
+            weights that this model gives them, and so are `*.router_topk.expert` [M, k] or [B, T, k];
+            `*.keep_window_attention.score_in` [B, T, K] rank the keys in place of this model's scores (training path only).
         only: which names to keep; None keeps every op output. Inputs by which a choice is made are kept only if asked for here:
-            `*.product_key_topk.query_in` and `*.keep_window_attention.score_in`.
+            `*.product_key_topk.query_in`, `*.router_topk.logits_in` and `*.keep_window_attention.score_in`.
     """
 
     def __init__(self, replay: Mapping[str, Tensor] | None = None, only: Callable[[str], bool] | None = None) -> None:
@@ -86,3 +89,14 @@ class Taps:
         half_x = score_BTRpJ[..., 0, :].gather(-1, expert_BTRk // n_subkey)
         half_y = score_BTRpJ[..., 1, :].gather(-1, expert_BTRk % n_subkey)
         return torch.softmax(half_x + half_y, -1).to(made[0]), expert_BTRk
+
+    def choose_routed(self, scope: str, logits_ME: Tensor, normalize: bool, made: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The router's own choice `made` = (weight, expert), or the replayed experts with the weights this model gives them."""
+        name = f"{scope}.router_topk.expert"
+        if name not in self.replay:
+            return made
+        expert_Mk = self.replay[name].to(made[1]).view_as(made[1])
+        weight_Mk = torch.softmax(logits_ME, -1).gather(-1, expert_Mk)
+        if normalize:
+            weight_Mk = weight_Mk / weight_Mk.sum(-1, keepdim=True)
+        return weight_Mk.to(made[0]), expert_Mk

@@ -99,6 +99,9 @@ _OPS: dict[str, tuple[float, float, str]] = {
     "keep_window_attention": (16, 2, "as attention, over the kept keys"),
     "product_key_topk": (8, 2, "softmax over scores that are products over half a query"),
     "expert_mix": (8, 2, "a product over the width per expert, then a sum over the experts"),
+    "scored_attention": (16, 2, "as attention, with a score added to each logit in float32"),
+    "router_topk": (16, 2, "softmax over all experts, or over those chosen"),
+    "moe_mix": (16, 2, "two products per expert, over the width and the inner width, then a sum over the experts"),
     "causal_conv1d": (8, 2, "a sum over the taps in float32, one sigmoid"),
     "gated_rms_norm": (8, 4, "one sigmoid, a sum of squares over the width, one root"),
     "selective_scan": (16, 2, "sums over tokens and state in float32; one exp per token and state"),
@@ -135,6 +138,7 @@ MODEL_LIMITS: tuple[ModelLimit, ...] = (
 
 _TERMS = "|q_x| max|k_x| + |q_y| max|k_y|: an upper bound of every expert's score"
 _SCORE = "largest |score| among the row's keys"
+_ROUTE = "largest |logit| of the token"
 _LOGIT = "rms of the logits, at least 1"
 SCORE_BUDGETS: tuple[ScoreBudget, ...] = (
     ScoreBudget("product_key_topk", "float32", 64, _TERMS, "the query's error, carried through every layer below, twice"),
@@ -143,6 +147,9 @@ SCORE_BUDGETS: tuple[ScoreBudget, ...] = (
     ScoreBudget("keep_window_attention", "float32", 64, _SCORE, "the values' error, amplified by exp, twice"),
     ScoreBudget("keep_window_attention", "float16", 16, _SCORE, "the values' error, amplified by exp, twice"),
     ScoreBudget("keep_window_attention", "bfloat16", 16, _SCORE, "the values' error, amplified by exp, twice"),
+    ScoreBudget("router_topk", "float32", 64, _ROUTE, "the logits' error, carried through every layer below, twice"),
+    ScoreBudget("router_topk", "float16", 16, _ROUTE, "the logits' error, carried through every layer below, twice"),
+    ScoreBudget("router_topk", "bfloat16", 16, _ROUTE, "the logits' error, carried through every layer below, twice"),
     ScoreBudget("argmax", "float32", 2 * 1e-4 * 2**24, _LOGIT, "two logits, each within the model's max abs limit"),
     ScoreBudget("argmax", "float16", 2 * 5e-2 * 2**11, _LOGIT, "two logits, each within the model's max abs limit"),
     ScoreBudget("argmax", "bfloat16", 2 * 3e-1 * 2**8, _LOGIT, "two logits, each within the model's max abs limit"),

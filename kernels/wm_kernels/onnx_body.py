@@ -179,6 +179,20 @@ class Body:
         last, outs = self.node("Scan", state, *rows, outs=2, body=graph, num_scan_inputs=len(rows))
         return last, outs
 
+    def scan_all(
+        self, states: Sequence[Value], rows: Sequence[Value], types: Sequence[int], step: Callable[..., Sequence[Value]]
+    ) -> tuple[Value, ...]:
+        """A Scan node over axis 0 of `rows` that makes nothing but its last states: states = step(*states, *one of each).
+
+        `types` are the element types of the states, then of the rows. onnxruntime reads one of each without a copy.
+        """
+        name = self._name("Scan")
+        inner = [Value(self, f"{name}_in_{i}") for i in range(len(types))]
+        inputs = [onnx.ValueInfoProto(name=v.name, type=helper.make_tensor_type_proto(t, None)) for v, t in zip(inner, types, strict=True)]
+        graph = self._subgraph(f"{name}_body", inputs, lambda: step(*inner), types[: len(states)])
+        result: tuple[Value, ...] = self.node("Scan", *states, *rows, outs=len(states), body=graph, num_scan_inputs=len(rows))
+        return result
+
     def _subgraph(
         self, name: str, inputs: list[onnx.ValueInfoProto], make: Callable[[], Sequence[Value]], types: Sequence[int]
     ) -> onnx.GraphProto:

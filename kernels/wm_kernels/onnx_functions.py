@@ -14,11 +14,14 @@ from wm_kernels.causal_conv1d import onnx_function as causal_conv1d
 from wm_kernels.expert_mix import onnx_function as expert_mix
 from wm_kernels.gated_rms_norm import onnx_function as gated_rms_norm
 from wm_kernels.keep_window_attention import onnx_function as keep_window_attention
+from wm_kernels.moe_mix import onnx_function as moe_mix
 from wm_kernels.onnx_body import DOMAIN, FLOAT, FLOAT16, OPSET, Flavour
 from wm_kernels.product_key_topk import onnx_function as product_key_topk
 from wm_kernels.residual_rms_norm import onnx_function as residual_rms_norm
 from wm_kernels.rope import onnx_function as rope
 from wm_kernels.rope_angles import onnx_function as rope_angles
+from wm_kernels.router_topk import onnx_function as router_topk
+from wm_kernels.scored_attention import onnx_function as scored_attention
 from wm_kernels.selective_scan import onnx_function as selective_scan
 from wm_kernels.ssd_scan import onnx_function as ssd_scan
 from wm_kernels.ssd_scan_rope import onnx_function as ssd_scan_rope
@@ -35,6 +38,9 @@ _MODULES: dict[str, ModuleType] = {
     "wm::keep_window_attention": keep_window_attention,
     "wm::product_key_topk": product_key_topk,
     "wm::expert_mix": expert_mix,
+    "wm::scored_attention": scored_attention,
+    "wm::router_topk": router_topk,
+    "wm::moe_mix": moe_mix,
     "wm::causal_conv1d": causal_conv1d,
     "wm::gated_rms_norm": gated_rms_norm,
     "wm::selective_scan": selective_scan,

@@ -1,6 +1,7 @@
 """Judging choices as sets: a choice may differ from the oracle's only where the oracle's margin is inside the score budget. Needs no torch.
 
-B batch, T tokens, K kv heads, R retrieval heads, J sub-keys, d half a query's width, k picks, W kept keys, S steps, V vocabulary.
+B batch, T tokens, K kv heads, R retrieval heads, J sub-keys, d half a query's width, E experts, k picks, W kept keys,
+S steps, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -71,6 +72,29 @@ def judge_experts(query_BTR2d: Array, keys_RJ2d: Array, expert_BTRk: Array, budg
     new_BTRk = ~(expert_BTRk[..., :, None] == best_BTRk[..., None, :]).any(-1)
     counts_BT = np.ones(expert_BTRk.shape[:2], bool) if mask_BT is None else mask_BT
     return _pooled(excess_BTR[counts_BT], int(counts_BT.sum()) * expert_BTRk.shape[2] * k, int(new_BTRk[counts_BT].sum()))
+
+
+def judge_router(logits_BTE: Array, expert_BTk: Array, budget: float, mask_BT: Array | None = None) -> Judgement:
+    """Judge the picks of `router_topk` by the oracle's logits.
+
+        shortfall = (k-th best logit) - (worst logit among the candidate's picks)
+
+    A token passes where shortfall <= budget * max |logit|, and its k picks are distinct experts.
+
+    Args:
+        logits_BTE: the oracle's logits, float64.
+        expert_BTk: the candidate's picks.
+        budget: fraction of the logits' scale; `tolerances.score_budget`.
+        mask_BT: tokens that count; None for all.
+    """
+    E, k = logits_BTE.shape[-1], expert_BTk.shape[-1]
+    best_BTk = np.argsort(-logits_BTE, axis=-1, kind="stable")[..., :k]
+    possible_BT = ((expert_BTk >= 0) & (expert_BTk < E)).all(-1) & _distinct(expert_BTk)
+    least_BT, worst_BT = (np.take_along_axis(logits_BTE, np.clip(pick_BTk, 0, E - 1), -1).min(-1) for pick_BTk in (best_BTk, expert_BTk))
+    excess_BT = np.where(possible_BT, _in_budgets(least_BT - worst_BT, budget * np.abs(logits_BTE).max(-1)), np.inf)
+    new_BTk = ~(expert_BTk[..., :, None] == best_BTk[..., None, :]).any(-1)
+    counts_BT = np.ones(expert_BTk.shape[:2], bool) if mask_BT is None else mask_BT
+    return _pooled(excess_BT[counts_BT], int(counts_BT.sum()) * k, int(new_BTk[counts_BT].sum()))
 
 
 def judge_window(score_BTK: Array, candidate_BTK: Array, window: int, budget: float, mask_BT: Array | None = None) -> Judgement:

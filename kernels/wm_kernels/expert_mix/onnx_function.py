@@ -62,19 +62,20 @@ def _mix(g: Body, one: dict[str, Any], x_M1D: Value, expert_MA: Value, weight_M1
     down_MAD = g.f32(g.Gather(down_ED, expert_MA))
     hidden_M1A = x_M1D @ g.transpose(down_MAD, 0, 2, 1)
     if one["weight_inside"]:
-        hidden_M1A = _activate(g, one["activation"], hidden_M1A * weight_M1A)
+        hidden_M1A = activate(g, one["activation"], hidden_M1A * weight_M1A)
     else:
-        hidden_M1A = _activate(g, one["activation"], hidden_M1A) * weight_M1A
+        hidden_M1A = activate(g, one["activation"], hidden_M1A) * weight_M1A
     return hidden_M1A @ g.f32(g.Gather(up_ED, expert_MA))
 
 
-def _activate(g: Body, activation: str, h: Value) -> Value:
+def activate(g: Body, activation: str, h: Value) -> Value:
+    """The activation of that name."""
     if activation == "silu":
         return h * g.Sigmoid(h)
     if activation == "gelu":
         # By its formula: onnx's evaluator has no Gelu, and onnxruntime fuses this into one.
         return h * (g.Erf(h * 2**-0.5) + 1.0) * 0.5
-    raise ValueError(f"WmExpertMix has no body for activation {activation!r}")
+    raise ValueError(f"no body for activation {activation!r}")
 
 
 def _chunked(g: Body, mix: Any, x_M1D: Value, expert_MA: Value, weight_M1A: Value) -> Value:
