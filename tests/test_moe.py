@@ -1,18 +1,25 @@
-"""`router_topk` and `moe_mix` against independent loops in float64, against transformers, and the judgement of a router's choices."""
+"""`router_topk` and `moe_mix` against independent loops in float64, against transformers, and the judgement of a router's choices.
+
+The last test exports a layer of them and of `scored_attention`.
+"""
 
 import math
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracles
 import wm_kernels as wm
+from wm_graph.quiet import quiet_libraries
 from wm_graph.taps import Taps
 from wm_graph.tolerances import score_budget
+from wm_kernels import onnx_functions
 from wm_kernels.moe_mix import moe_mix_reference
 from wm_kernels.moe_mix.definition import _gathered
 from wm_runtimes.selections import judge_router
@@ -207,3 +214,62 @@ def test_routes_that_cannot_be_fail_whatever_the_budget(value):
     picks = order[..., :3].copy()
     picks[0, 0, 1] = picks[0, 0, 0] if value == "repeat" else value
     assert judge_router(logits, picks, 1e9).excess == math.inf
+
+class Layer(torch.nn.Module):
+    """Scored attention, a router and a mixture of experts over its output; x is B, T, H * P."""
+
+    def __init__(self, scoring: str, bias: bool) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        normal = lambda *shape: torch.nn.Parameter(torch.randn(shape, generator=g))  # noqa: E731
+        self.scoring = scoring
+        self.qkv, self.score, self.router = normal(32, 16), normal(2, 16), normal(5, 16)
+        self.inner, self.outer = normal(5, 12, 16), normal(5, 16, 6)
+        self.inner_bias, self.outer_bias = (normal(5, 12), normal(5, 16)) if bias else (None, None)
+
+    def forward(self, x, cache_k, cache_v, cache_score, position, valid):
+        q, k, v = F.linear(x, self.qkv).unflatten(-1, (8, 4)).split([4, 2, 2], 2)
+        caches = (cache_k, cache_v, cache_score)
+        out, *caches = wm.scored_attention(q, k, v, F.linear(x, self.score), *caches, position, valid, self.scoring, 0.29)
+        y = out.reshape(-1, 16)
+        weight, expert = wm.router_topk(F.linear(y, self.router), 2, self.scoring == "ratio")
+        y = wm.moe_mix(y, expert, weight, self.inner, self.inner_bias, self.outer, self.outer_bias, "silu", True)
+        return y.view(x.shape), *caches
+
+
+def layer_call(T, seed=0, S=12):
+    x = torch.randn((2, T, 16), generator=torch.Generator().manual_seed(seed))
+    return x, torch.zeros(2, 2, S, 4), torch.zeros(2, 2, S, 4), torch.zeros(2, 2, S), torch.zeros(2, dtype=torch.int64), torch.tensor([T, T])
+
+
+@pytest.mark.parametrize("flavour", ["portable", "ort"])
+@pytest.mark.parametrize(("scoring", "bias"), [("additive", False), ("binary", True), ("ratio", False)])
+@torch.no_grad()
+def test_an_exported_layer_keeps_its_caches_over_calls(flavour, scoring, bias):
+    rows, tokens, cells = (torch.export.Dim(name, min=1, max=4096) for name in ("rows", "tokens", "cells"))
+    cache, row = {0: rows, 2: cells}, {0: rows}
+    layer = Layer(scoring, bias)
+    program = torch.export.export(layer, layer_call(5), dynamic_shapes=({0: rows, 1: tokens}, cache, cache, cache, row, row))
+    table = {getattr(torch.ops.wm, name.removeprefix("wm::")).default: function for name, function in onnx_functions.TRANSLATIONS.items()}
+    with quiet_libraries():
+        exported = torch.onnx.export(
+            program, (), dynamo=True, opset_version=onnx_functions.OPSET, custom_translation_table=table, verbose=False, optimize=False
+        )
+    model = exported.model_proto
+    del model.functions[:]
+    model.functions.extend(onnx_functions.bodies(model, flavour))
+    if flavour == "ort":
+        model.opset_import.add(domain="com.microsoft", version=1)
+    run = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [value.name for value in run.get_inputs()]
+    _, *caches, position, _ = layer_call(1)
+    theirs = [value.numpy() for value in caches]
+    for seed, count in enumerate((5, 1, 1, 3)):
+        x, *_, valid = layer_call(count, seed)
+        expected, *caches = layer(x, *caches, position, valid)
+        feeds = dict(zip(names, [x.numpy(), *theirs, position.numpy(), valid.numpy()], strict=True))
+        found, *theirs = run.run(None, feeds)
+        near(torch.from_numpy(found), expected, 2e-5 * float(expected.abs().max()))
+        for value, other in zip(caches, theirs, strict=True):
+            near(torch.from_numpy(other), value, 1e-5)
+        position = position + count
