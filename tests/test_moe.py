@@ -215,6 +215,7 @@ def test_routes_that_cannot_be_fail_whatever_the_budget(value):
     picks[0, 0, 1] = picks[0, 0, 0] if value == "repeat" else value
     assert judge_router(logits, picks, 1e9).excess == math.inf
 
+
 class Layer(torch.nn.Module):
     """Scored attention, a router and a mixture of experts over its output; x is B, T, H * P."""
 
@@ -239,7 +240,14 @@ class Layer(torch.nn.Module):
 
 def layer_call(T, seed=0, S=12):
     x = torch.randn((2, T, 16), generator=torch.Generator().manual_seed(seed))
-    return x, torch.zeros(2, 2, S, 4), torch.zeros(2, 2, S, 4), torch.zeros(2, 2, S), torch.zeros(2, dtype=torch.int64), torch.tensor([T, T])
+    return (
+        x,
+        torch.zeros(2, 2, S, 4),
+        torch.zeros(2, 2, S, 4),
+        torch.zeros(2, 2, S),
+        torch.zeros(2, dtype=torch.int64),
+        torch.tensor([T, T]),
+    )
 
 
 @pytest.mark.parametrize("flavour", ["portable", "ort"])
