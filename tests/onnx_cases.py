@@ -120,9 +120,9 @@ def ssd_case(B: int, T: int, seed: int = 0, half: bool = False, G: int = 2, rope
     return Case("ssd_scan_rope" if rope else "ssd_scan", arguments, attributes, half=half)
 
 
-def attention_case(B: int, T: int, seed: int = 0, half: bool = False, past: int = 9, H: int = 6, K: int = 2) -> Case:
+def attention_case(B: int, T: int, seed: int = 0, half: bool = False, past: int = 9, H: int = 6, K: int = 2, P: int = 16) -> Case:
     rng = np.random.default_rng(seed)
-    P, S = 16, past + T + 3
+    S = past + T + 3
     arguments = {
         "q_BTHP": normal(rng, B, T, H, P),
         "k_BTKP": normal(rng, B, T, K, P),
@@ -133,6 +133,18 @@ def attention_case(B: int, T: int, seed: int = 0, half: bool = False, past: int 
         "valid_B": ragged(rng, B, T),
     }
     return Case("attention", arguments, {"head_dim": P, "kv_num_heads": K, "num_heads": H}, half=half)
+
+
+def attention_rope_case(B: int, T: int, seed: int = 0, half: bool = False, pairs: int = 8, **sizes: int) -> Case:
+    plain = attention_case(B, T, seed, **sizes)
+    heads = [plain.arguments.pop(name) for name in ("q_BTHP", "k_BTKP", "v_BTKP")]
+    position_BT = plain.arguments["position_B"][:, None] + np.arange(T)
+    packed = {
+        "qkv_BTC": np.concatenate(heads, 2).reshape(B, T, -1),
+        **dict(zip(("cos_BTF", "sin_BTF"), angles(position_BT, pairs), strict=True)),
+    }
+    counts = {"n_head": heads[0].shape[2], "n_kv_head": heads[1].shape[2]}
+    return Case("attention_rope", packed | plain.arguments, plain.attributes | {"pairs": pairs}, counts, half)
 
 
 def keep_window_case(
@@ -298,6 +310,10 @@ CASES = {
     "attention": attention_case,
     "attention_from_zero": lambda B, T, **more: attention_case(B, T, past=0, **more),
     "attention_mha": lambda B, T, **more: attention_case(B, T, H=2, K=2, **more),
+    "attention_rope": attention_rope_case,
+    "attention_rope_part": lambda B, T, **more: attention_rope_case(B, T, pairs=5, H=2, **more),
+    "attention_rope_narrow": lambda B, T, **more: attention_rope_case(B, T, pairs=4, P=8, **more),
+    "attention_rope_from_zero": lambda B, T, **more: attention_rope_case(B, T, past=0, **more),
     "keep_window": keep_window_case,
     "keep_window_nothing_leaves": lambda B, T, **more: keep_window_case(B, T, W=300, past=20, **more),
     "keep_window_from_zero": lambda B, T, **more: keep_window_case(B, T, W=100, past=0, **more),

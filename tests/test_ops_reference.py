@@ -125,6 +125,29 @@ def test_attention_equals_the_loop(T, K):
             near(new_v[b, g, : len(values)], torch.from_numpy(np.array(values)))
 
 
+@pytest.mark.parametrize("T", LENGTHS)
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_attention_rope_equals_the_loop_over_rotated_heads(T, K):
+    q, k, v = qkv(T, K=K)
+    cache_k, cache_v = torch.randn(2, 2, K, T + 9, 4, dtype=torch.float64)
+    position, valid = torch.tensor([9, 3]), torch.tensor([T, T // 2])
+    angle = (position[:, None] + torch.arange(T))[..., None].double() * 0.7
+    turn = torch.polar(torch.ones_like(angle), angle).unsqueeze(2)
+
+    def rotated(x):  # the first pair alone: entries 0 and 1 as one complex number
+        return torch.cat([torch.view_as_real(torch.complex(x[..., :1], x[..., 1:2]) * turn).squeeze(-2), x[..., 2:]], -1)
+
+    packed = torch.cat([q, k, v], 2).flatten(2)
+    for cache in ((None, None, None, None), (cache_k, cache_v, position, valid)):
+        out, new_k, new_v = wm.attention_rope(packed, angle.cos(), angle.sin(), *cache, 4, K)
+        expected, live = oracles.attention(rotated(q), rotated(k), v, *cache)
+        near_where_valid(out.unflatten(2, (4, 4)), expected, cache[3])
+        for (b, g), (keys, values) in live.items():
+            if cache[0] is not None:
+                near(new_k[b, g, : len(keys)], torch.from_numpy(np.array(keys)))
+                near(new_v[b, g, : len(values)], torch.from_numpy(np.array(values)))
+
+
 def test_attention_refuses_to_write_past_the_cache():
     q, k, v = qkv(3)
     cache = torch.zeros(2, 2, 4, 4, dtype=torch.float64)

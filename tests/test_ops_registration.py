@@ -44,6 +44,13 @@ def attention_call(tokens, state, valid, dtype=torch.float32):
     return *qkv(tokens, dtype), *cache, torch.tensor([tokens, tokens - 1]) if valid else None
 
 
+def attention_rope_call(tokens, state, valid, dtype=torch.float32):
+    q, k, v, *cache, position, valid_B = attention_call(tokens, state, valid, dtype)
+    start = torch.zeros(B, dtype=torch.int64) if position is None else position
+    angles = wm.rope_angles(start[:, None] + torch.arange(tokens), F, 100.0, dtype == D)
+    return torch.cat([q, k, v], 2).flatten(2), *angles, *cache, position, valid_B, H, K
+
+
 def keep_call(tokens, state, valid, dtype=torch.float32):
     slots = (None,) * 5
     if state:
@@ -108,6 +115,7 @@ def state_calls(tokens, state, valid, dtype=torch.float32):
         "scan": (wm.ssd_scan, wm.ssd_scan_, scan_call(tokens, state, valid, False, dtype)),
         "scan rope": (wm.ssd_scan_rope, wm.ssd_scan_rope_, scan_call(tokens, state, valid, True, dtype)),
         "attention": (wm.attention, wm.attention_, attention_call(tokens, state, valid, dtype)),
+        "attention rope": (wm.attention_rope, wm.attention_rope_, attention_rope_call(tokens, state, valid, dtype)),
         "keep": (wm.keep_window_attention, wm.keep_window_attention_, keep_call(tokens, state, valid, dtype)),
         "scored": (wm.scored_attention, wm.scored_attention_, scored_call(tokens, state, valid, dtype)),
         "scored binary": (wm.scored_attention, wm.scored_attention_, scored_call(tokens, state, valid, dtype, "binary", H)),
@@ -162,7 +170,7 @@ def test_gradient_of_the_plain_op_is_the_derivative(name):
 
 
 @pytest.mark.parametrize("form", STATE_FORMS)
-@pytest.mark.parametrize("name", ["scan", "scan rope", "attention", "scored", "scored binary", "scored ratio"])
+@pytest.mark.parametrize("name", ["scan", "scan rope", "attention", "attention rope", "scored", "scored binary", "scored ratio"])
 def test_gradient_of_the_stateful_op_is_the_derivative(name, form):
     op, _, call = state_calls(*form, D)[name]
     assert torch.autograd.gradcheck(op, requiring_grad(call), fast_mode=True)
@@ -259,6 +267,14 @@ WRONG = {
     "attention together": (
         lambda: wm.attention(*qkv(T), normal(B, K, 9, P), normal(B, K, 9, P), None, None),
         "wm::attention: got cache_k_BKSP, cache_v_BKSP alone, expected all or none of cache_k_BKSP, cache_v_BKSP, position_B",
+    ),
+    "attention rope width": (
+        lambda: wm.attention_rope(normal(B, T, 30), normal(B, T, F), normal(B, T, F), None, None, None, None, H, K),
+        "wm::attention_rope: qkv_BTC is 30 wide, expected a multiple of H + 2K = 8",
+    ),
+    "attention rope pairs": (
+        lambda: wm.attention_rope(normal(B, T, 32), normal(B, T, 3), normal(B, T, 3), None, None, None, None, H, K),
+        "wm::attention_rope: 2F = 6 entries are rotated, expected at most P = 4",
     ),
     "keep window": (
         lambda: wm.keep_window_attention(*keep_call(T, False, False)[:-1], 0),

@@ -154,37 +154,34 @@ def _ssd_scan(inputs: tuple[Tensor, ...], state_BHPN: Tensor | None, context: Co
     return ops.ssd_scan(*inputs, state_BHPN, context.valid_B)
 
 
-def _rotated_qkv(
-    cfg: ModelConfig, params: AttentionParams | DynamicMaskAttentionParams, u_MD: Tensor, context: Context, scope: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Project to q_BTHP, k_BTKP, v_BTKP; normalise q and k where the model does; rotate both."""
-    H, K = cfg.n_head, cfg.n_kv_head
-    qkv_BTHP = F.linear(u_MD, params.qkv).reshape(context.batch, context.tokens, H + 2 * K, cfg.head_dim)
-    qk_BTHP, v_BTKP = qkv_BTHP.split([H + K, K], 2)
-    if params.q_norm is not None and params.k_norm is not None:
-        q_BTHP, k_BTKP = qk_BTHP.split([H, K], 2)
-        qk_BTHP = torch.cat([rms_norm(q_BTHP, params.q_norm, cfg.norm_eps), rms_norm(k_BTKP, params.k_norm, cfg.norm_eps)], 2)
-    # Queries and keys turn by the same angles: one call for all their heads.
-    qk_BTHP = ops.rope(qk_BTHP, *context.angles[cfg.head_dim])
-    context.tap(scope, "rope", qk_BTHP)
-    q_BTHP, k_BTKP = qk_BTHP.split([H, K], 2)
-    return q_BTHP, k_BTKP, v_BTKP
+def _qkv(cfg: ModelConfig, params: AttentionParams | DynamicMaskAttentionParams, u_MD: Tensor, context: Context) -> Tensor:
+    """Project to queries, keys and values side by side, [B, T, (H + 2K)·P]; queries and keys normalised where the model does."""
+    qkv_BTC = F.linear(u_MD, params.qkv).reshape(context.batch, context.tokens, -1)
+    if params.q_norm is None or params.k_norm is None:
+        return qkv_BTC
+    q_BTHP, k_BTKP, v_BTKP = _heads(cfg, qkv_BTC).split([cfg.n_head, cfg.n_kv_head, cfg.n_kv_head], 2)
+    return torch.cat([rms_norm(q_BTHP, params.q_norm, cfg.norm_eps), rms_norm(k_BTKP, params.k_norm, cfg.norm_eps), v_BTKP], 2).flatten(2)
+
+
+def _heads(cfg: ModelConfig, qkv_BTC: Tensor) -> Tensor:
+    return qkv_BTC.unflatten(2, (cfg.n_head + 2 * cfg.n_kv_head, cfg.head_dim))
 
 
 def attention(
     cfg: ModelConfig, params: AttentionParams, u_MD: Tensor, state: AttentionState | None, context: Context, scope: str
 ) -> tuple[Tensor, AttentionState | None]:
     """Causal attention with rotary positions and grouped key/value heads (arXiv:2302.13971, arXiv:2305.13245)."""
-    q_BTHP, k_BTKP, v_BTKP = _rotated_qkv(cfg, params, u_MD, context, scope)
+    inputs = (_qkv(cfg, params, u_MD, context), *context.angles[cfg.head_dim])
+    heads = (cfg.n_head, cfg.n_kv_head)
     if state is None:
-        out_BTHP, _, _ = ops.attention(q_BTHP, k_BTKP, v_BTKP, None, None, None, context.valid_B)
+        out_BTE, _, _ = ops.attention_rope(*inputs, None, None, None, context.valid_B, *heads)
     elif context.in_place:
-        out_BTHP = ops.attention_(q_BTHP, k_BTKP, v_BTKP, state.k, state.v, context.position_B, context.valid_B)
+        out_BTE = ops.attention_rope_(*inputs, state.k, state.v, context.position_B, context.valid_B, *heads)
     else:
-        out_BTHP, *cache = ops.attention(q_BTHP, k_BTKP, v_BTKP, state.k, state.v, context.position_B, context.valid_B)
+        out_BTE, *cache = ops.attention_rope(*inputs, state.k, state.v, context.position_B, context.valid_B, *heads)
         state = AttentionState(*cache)
-    context.tap(scope, "attention", out_BTHP, *(() if state is None else (state.k, state.v)))
-    return F.linear(out_BTHP.reshape(-1, cfg.n_head * cfg.head_dim), params.out), state
+    context.tap(scope, "attention_rope", out_BTE, *(() if state is None else (state.k, state.v)))
+    return F.linear(out_BTE.reshape(-1, cfg.n_head * cfg.head_dim), params.out), state
 
 
 def dynamic_mask_attention(
@@ -195,7 +192,12 @@ def dynamic_mask_attention(
     Source:
         arXiv:2412.11834 (dynamic mask attention), keep-window form of arXiv:2508.02124.
     """
-    q_BTHP, k_BTKP, v_BTKP = _rotated_qkv(cfg, params, u_MD, context, scope)
+    H, K = cfg.n_head, cfg.n_kv_head
+    qk_BTHP, v_BTKP = _heads(cfg, _qkv(cfg, params, u_MD, context)).split([H + K, K], 2)
+    # Queries and keys turn by the same angles: one call for all their heads.
+    qk_BTHP = ops.rope(qk_BTHP, *context.angles[cfg.head_dim])
+    context.tap(scope, "rope", qk_BTHP)
+    q_BTHP, k_BTKP = qk_BTHP.split([H, K], 2)
     v_MC = v_BTKP.reshape(-1, cfg.n_kv_head * cfg.head_dim)
     score_MK = torch.exp(params.A * F.softplus(F.linear(v_MC, params.dt).to(params.A.dtype)))
     score_BTK = score_MK.reshape(context.batch, context.tokens, cfg.n_kv_head)

@@ -17,6 +17,7 @@ OP_OUTPUTS: dict[str, tuple[str, ...]] = {
     "ssd_scan": ("y", "state"),
     "ssd_scan_rope": ("y", "state"),
     "attention": ("out", "k", "v"),
+    "attention_rope": ("out", "k", "v"),
     "keep_window_attention": ("out", "k", "v", "score", "slot_position"),
     "product_key_topk": ("weight", "expert"),
     "expert_mix": ("y",),

@@ -96,6 +96,7 @@ _OPS: dict[str, tuple[float, float, str]] = {
     "ssd_scan": (16, 2, "sums over tokens and state in float32; exponents of cumulative sums"),
     "ssd_scan_rope": (16, 2, "as ssd_scan, with B and C rotated"),
     "attention": (16, 2, "softmax and a weighted sum over the keys in float32"),
+    "attention_rope": (16, 2, "as attention, with q and k rotated"),
     "keep_window_attention": (16, 2, "as attention, over the kept keys"),
     "product_key_topk": (8, 2, "softmax over scores that are products over half a query"),
     "expert_mix": (8, 2, "a product over the width per expert, then a sum over the experts"),

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -20,6 +19,7 @@ from wm_export.program import Program
 from wm_graph.errors import ExportError
 from wm_graph.quiet import quiet_libraries
 from wm_graph.taps import OP_OUTPUTS, TapNames
+from wm_kernels.onnx_body import MICROSOFT
 from wm_kernels.onnx_functions import OPSET, TRANSLATIONS, bodies
 
 Flavour = Literal["portable", "ort"]
@@ -74,7 +74,8 @@ def onnx_from_program(program: Program, weights: Path, weights_name: str) -> dic
         proto.functions.extend(functions)
         _declare_opsets(proto, functions)
         if flavour == "ort":
-            _keep_tied_head_in_the_file(proto)
+            _join_sums_with_norms(proto)
+            _map_tied_head_apart(proto)
         protos[flavour] = proto
     return protos
 
@@ -195,29 +196,45 @@ def _strip(model: ir.Model) -> None:
         value.metadata_props.clear()
 
 
-def _keep_tied_head_in_the_file(proto: onnx.ModelProto) -> None:
-    """Hide from onnxruntime that a tied head's weight is constant, by a Reshape to its own shape that depends on the call.
+def _join_sums_with_norms(proto: onnx.ModelProto) -> None:
+    """Make one SkipSimplifiedLayerNormalization of a residual sum and the norm that reads it: onnxruntime does not do so by itself.
 
-    onnxruntime packs constant weights into private copies, which pays for every linear layer but not here: a prefill asks the head for one
-    row, and the embedding must stay for its own look-ups, so that the model's largest matrix would be held twice.
+    The kernel is float32's; sums that are an output, or that add a parameter, stay as they are.
+    """
+    graph = proto.graph
+    constants = {item.name for item in graph.initializer}
+    fixed = {item.name for item in graph.output} | constants
+    sums = {node.output[0]: node for node in graph.node if node.op_type == "Add" and not fixed & {*node.input, *node.output}}
+    for norm in [node for node in graph.node if node.op_type == "RMSNormalization" and node.input[0] in sums]:
+        weight = next((item for item in graph.initializer if item.name == norm.input[1]), None)
+        if weight is None or weight.data_type != onnx.TensorProto.FLOAT:
+            continue
+        total = sums.pop(norm.input[0])
+        (epsilon,) = (item.f for item in norm.attribute if item.name == "epsilon")
+        outputs = [norm.output[0], "", "", total.output[0]]
+        inputs = [*total.input, norm.input[1]]
+        joined = onnx.helper.make_node(
+            "SkipSimplifiedLayerNormalization", inputs, outputs, name=norm.name, domain=MICROSOFT, epsilon=epsilon
+        )
+        graph.node.remove(norm)
+        total.CopyFrom(joined)
+
+
+def _map_tied_head_apart(proto: onnx.ModelProto) -> None:
+    """Give a tied head an initializer of its own over the embedding's bytes in the weights file.
+
+    onnxruntime packs the weights of matrix products into private copies and then lets go of its mapping of the file. An embedding it must
+    keep for the look-ups; with a mapping of its own for the head, of the embedding's only the rows that are looked up become resident.
     """
     graph = proto.graph
     looked_up = {node.input[0] for node in graph.node if node.op_type == "Gather"}
-    heads = [(index, node) for index, node in enumerate(graph.node) if node.op_type == "Gemm" and node.input[1] in looked_up]
-    for index, head in reversed(heads):
-        weight = head.input[1]
-        (dims,) = (list(item.dims) for item in graph.initializer if item.name == weight)
-        graph.initializer.append(onnx.numpy_helper.from_array(np.array(dims, np.int64), "head.dims"))
-        made = [
-            onnx.helper.make_node("Size", ["select"], ["head.size"], name="model/head_size"),
-            onnx.helper.make_node("Div", ["head.size", "head.size"], ["head.one"], name="model/head_one"),
-            onnx.helper.make_node("Mul", ["head.one", "head.dims"], ["head.shape"], name="model/head_shape"),
-            onnx.helper.make_node("Reshape", [weight, "head.shape"], ["head.weight"], name="model/head_weight"),
-        ]
-        head.input[1] = "head.weight"
-        nodes = list(graph.node)
-        del graph.node[:]
-        graph.node.extend([*nodes[:index], *made, *nodes[index:]])
+    for node in graph.node:
+        if node.op_type == "Gemm" and node.input[1] in looked_up:
+            head = onnx.TensorProto()
+            head.CopyFrom(next(item for item in graph.initializer if item.name == node.input[1]))
+            head.name = "head"
+            graph.initializer.append(head)
+            node.input[1] = "head"
 
 
 def _declare_opsets(proto: onnx.ModelProto, functions: list[onnx.FunctionProto]) -> None:

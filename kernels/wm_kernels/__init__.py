@@ -1,6 +1,7 @@
 """The ops of wm-graph: importing this package registers every `wm::` op with PyTorch. Needs torch alone."""
 
 from wm_kernels.attention import attention, attention_
+from wm_kernels.attention_rope import attention_rope, attention_rope_
 from wm_kernels.causal_conv1d import causal_conv1d, causal_conv1d_
 from wm_kernels.expert_mix import expert_mix
 from wm_kernels.gated_rms_norm import gated_rms_norm
@@ -19,6 +20,8 @@ from wm_kernels.ssd_scan_rope import ssd_scan_rope, ssd_scan_rope_
 __all__ = [
     "attention",
     "attention_",
+    "attention_rope",
+    "attention_rope_",
     "causal_conv1d",
     "causal_conv1d_",
     "expert_mix",

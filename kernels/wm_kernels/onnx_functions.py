@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from wm_kernels.attention import onnx_function as attention
+from wm_kernels.attention_rope import onnx_function as attention_rope
 from wm_kernels.causal_conv1d import onnx_function as causal_conv1d
 from wm_kernels.expert_mix import onnx_function as expert_mix
 from wm_kernels.gated_rms_norm import onnx_function as gated_rms_norm
@@ -35,6 +36,7 @@ _MODULES: dict[str, ModuleType] = {
     "wm::ssd_scan": ssd_scan,
     "wm::ssd_scan_rope": ssd_scan_rope,
     "wm::attention": attention,
+    "wm::attention_rope": attention_rope,
     "wm::keep_window_attention": keep_window_attention,
     "wm::product_key_topk": product_key_topk,
     "wm::expert_mix": expert_mix,

@@ -8,6 +8,7 @@ import numpy as np
 
 from wm_graph.errors import BundleError, InputError, RuntimeUnavailableError
 from wm_runtimes.bundle import Bundle, StateLeaf
+from wm_runtimes.huge_pages import private_memory, use_huge_pages
 from wm_runtimes.session import Array, Session, first_line
 from wm_runtimes.state_buffers import StateBuffers
 
@@ -48,8 +49,9 @@ class OnnxRuntimeCpuSession(Session):
         capacity: most tokens per row.
         graph: `model.ort.onnx` (bodies tuned for ONNX Runtime, the default) or `model.onnx` (standard ops).
         threads: intra-op threads; None leaves it to ONNX Runtime.
-        prepack: let ONNX Runtime rearrange weights into a private copy, which makes a step some 6 % faster. Off, it computes from the
-            mapped file: opening is instant (SmolLM2-135M: 0.3 s instead of 0.9 s), and processes share the pages.
+        prepack: let ONNX Runtime rearrange weights into a private copy, on huge pages where the kernel gives them, which makes a step
+            some 15 % faster. Off, it computes from the mapped file: opening is instant (SmolLM2-135M: 0.3 s instead of 1.6 s), and
+            processes share the pages.
         alias: bind one buffer to input and output of a state leaf. Off, every step copies the state, for verification.
         spin: let idle threads poll up to 1 ms for work before they sleep: longer than the gap between two nodes or two steps, which saves
             a fifth of a decode step (SmolLM2-135M, 2 cores), and no longer, so that an idle session takes no processor time. Off, they
@@ -88,7 +90,10 @@ class OnnxRuntimeCpuSession(Session):
         self._options: dict[str, Any] = {"threads": threads, "prepack": prepack, "spin": spin}
         self._alias = alias
         self._path = bundle.file(graph)
+        before = private_memory()
         self._model = self._open({})
+        if prepack:
+            use_huge_pages(since=before)
         super().__init__(bundle, batch, capacity)
         self._logits_type = _NUMPY[self._check_signature()]
 

@@ -45,7 +45,7 @@ def attention_reference(
     Source:
         Vaswani et al. 2017, arXiv:1706.03762, eq. (1); shared kv heads: Ainslie et al. 2023, arXiv:2305.13245.
     """
-    _check("attention", q_BTHP, k_BTKP, v_BTKP, cache_k_BKSP, cache_v_BKSP, position_B, valid_B)
+    check_attention("attention", q_BTHP, k_BTKP, v_BTKP, cache_k_BKSP, cache_v_BKSP, position_B, valid_B)
     if cache_k_BKSP is None or cache_v_BKSP is None or position_B is None:
         empty_BK0P = k_BTKP.new_empty((k_BTKP.shape[0], k_BTKP.shape[2], 0, k_BTKP.shape[3]))
         return _attend_causally(q_BTHP, k_BTKP, v_BTKP), empty_BK0P, empty_BK0P.clone()
@@ -80,7 +80,7 @@ def _cells(k_BTKP: Tensor, position_B: Tensor) -> Tensor:
     return cell_BT[:, None, :, None].expand(B, K, T, P)
 
 
-def _attention_in_place(
+def attend_in_place(
     q_BTHP: Tensor, k_BTKP: Tensor, v_BTKP: Tensor, cache_k_BKSP: Tensor, cache_v_BKSP: Tensor, position_B: Tensor
 ) -> Tensor:
     cell_BKTP = _cells(k_BTKP, position_B)
@@ -93,7 +93,7 @@ def _attention_in_place(
     return _attend(q_BTHP, cache_k_BKSP[:, :, :live], cache_v_BKSP[:, :, :live], position_B)
 
 
-def _check(
+def check_attention(
     op: str,
     q_BTHP: Tensor,
     k_BTKP: Tensor,
@@ -130,13 +130,13 @@ def attention(
     valid_B: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `attention_reference`."""
-    _check("attention", q_BTHP, k_BTKP, v_BTKP, cache_k_BKSP, cache_v_BKSP, position_B, valid_B)
+    check_attention("attention", q_BTHP, k_BTKP, v_BTKP, cache_k_BKSP, cache_v_BKSP, position_B, valid_B)
     if cache_k_BKSP is None or cache_v_BKSP is None or position_B is None:
         out, cache_k, cache_v = attention_reference(q_BTHP, k_BTKP, v_BTKP, None, None, None, valid_B)
         return out.contiguous(), cache_k, cache_v
     cache_k = cache_k_BKSP.clone(memory_format=torch.contiguous_format)
     cache_v = cache_v_BKSP.clone(memory_format=torch.contiguous_format)
-    return _attention_in_place(q_BTHP, k_BTKP, v_BTKP, cache_k, cache_v, position_B).contiguous(), cache_k, cache_v
+    return attend_in_place(q_BTHP, k_BTKP, v_BTKP, cache_k, cache_v, position_B).contiguous(), cache_k, cache_v
 
 
 @attention.register_fake
@@ -149,7 +149,7 @@ def _(
     position_B: Tensor | None,
     valid_B: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check("attention", q_BTHP, k_BTKP, v_BTKP, cache_k_BKSP, cache_v_BKSP, position_B, valid_B)
+    check_attention("attention", q_BTHP, k_BTKP, v_BTKP, cache_k_BKSP, cache_v_BKSP, position_B, valid_B)
     B, _, K, P = k_BTKP.shape
     shape = (B, K, 0, P) if cache_k_BKSP is None else cache_k_BKSP.shape
     return q_BTHP.new_empty(q_BTHP.shape), q_BTHP.new_empty(shape), q_BTHP.new_empty(shape)
@@ -169,8 +169,8 @@ def attention_(
     valid_B: Tensor | None,
 ) -> Tensor:
     """`attention` that writes T cells of the given caches and copies nothing; see `attention_reference`."""
-    _check("attention_", q_BTHP, k_BTKP, v_BTKP, cache_k_BKSP, cache_v_BKSP, position_B, valid_B)
-    return _attention_in_place(q_BTHP, k_BTKP, v_BTKP, cache_k_BKSP, cache_v_BKSP, position_B).contiguous()
+    check_attention("attention_", q_BTHP, k_BTKP, v_BTKP, cache_k_BKSP, cache_v_BKSP, position_B, valid_B)
+    return attend_in_place(q_BTHP, k_BTKP, v_BTKP, cache_k_BKSP, cache_v_BKSP, position_B).contiguous()
 
 
 @attention_.register_fake
@@ -183,5 +183,5 @@ def _(
     position_B: Tensor,
     valid_B: Tensor | None,
 ) -> Tensor:
-    _check("attention_", q_BTHP, k_BTKP, v_BTKP, cache_k_BKSP, cache_v_BKSP, position_B, valid_B)
+    check_attention("attention_", q_BTHP, k_BTKP, v_BTKP, cache_k_BKSP, cache_v_BKSP, position_B, valid_B)
     return q_BTHP.new_empty(q_BTHP.shape)

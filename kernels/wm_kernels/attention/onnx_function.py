@@ -41,57 +41,62 @@ def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionP
     one = single(OP_TYPE, variants)
     g = Body(OP_TYPE, [name for name, _ in INPUTS], one["dtype"], flavour)
     q, k, v, cache_k, cache_v, position_B, _ = g.all_inputs()
-    types = (g.dtype, g.dtype, g.dtype)
+
+    def masked() -> tuple[Value, ...]:
+        return attend_masked(g, one, q, k, v, cache_k, cache_v, position_B)
+
     if g.ort:
-        last = g.ReduceMax(position_B, keepdims=0)
-        # Made outside the branches, and of shared values alone, so that onnxruntime makes them once for all layers: Size(last) is 1.
-        step = g.Cast(position_B, to=INT32), g.Cast(last + g.Size(last), to=INT32)
-        out, next_k, next_v = g.branch(
-            g.Equal(g.dim(q, 1), 1),
-            types,
-            lambda: _grouped(g, one, q, k, v, cache_k, cache_v, *step),
-            lambda: g.branch(
-                # GroupQueryAttention refuses several rows of several tokens after a past.
-                g.Equal(g.dim(q, 0), 1) | g.Equal(last, 0),
-                types,
-                lambda: _grouped_prefill(g, one, q, k, v, cache_k, cache_v, position_B, last),
-                lambda: _masked(g, one, q, k, v, cache_k, cache_v, position_B),
-            ),
+        call = Call(g, g.dim(q, 0), g.dim(q, 1), position_B)
+        flat = [g.reshape(x, 0, 0, -1) for x in (q, k, v)]
+        out_BTE, next_k, next_v = g.branch(
+            call.is_grouped,
+            (g.dtype, g.dtype, g.dtype),
+            lambda: attend_grouped(g, one, call, *flat, cache_k, cache_v),
+            lambda: flat_output(g, masked()),
         )
+        out = g.reshape(out_BTE, 0, 0, one["num_heads"], one["head_dim"])
     else:
-        out, next_k, next_v = _masked(g, one, q, k, v, cache_k, cache_v, position_B)
+        out, next_k, next_v = masked()
     return g.function({"out_BTHP": out, "next_k_BKSP": next_k, "next_v_BKSP": next_v})
 
 
-def _grouped(
-    g: Body,
-    one: dict[str, Any],
-    q: Value,
-    k: Value,
-    v: Value,
-    cache_k: Value,
-    cache_v: Value,
-    seqlens_k: Value,
-    total: Value,
-    *sinks: Value | None,
-) -> tuple[Value, ...]:
-    q, k, v = (g.reshape(x, 0, 0, -1) for x in (q, k, v))
-    heads = {"num_heads": one["num_heads"], "kv_num_heads": one["kv_num_heads"]}
-    out_BTE, next_k, next_v = g.microsoft("GroupQueryAttention", q, k, v, cache_k, cache_v, seqlens_k, total, *sinks, outs=3, **heads)
-    return g.reshape(out_BTE, 0, 0, one["num_heads"], one["head_dim"]), next_k, next_v
+class Call:
+    """What GroupQueryAttention asks about a call, of values that all layers share.
+
+    Free of constants, even 0 and 1, because onnxruntime merges equal nodes only where they have the very same inputs, and every inlined
+    body brings constants of its own: written like this, all of it runs once per call and not once per layer.
+    """
+
+    def __init__(self, g: Body, B: Value, T: Value, position_B: Value) -> None:
+        last = g.ReduceMax(position_B, keepdims=1)
+        self.one = g.Shape(last)
+        self.zero = self.one - self.one
+        self.T = T
+        self.L = last + T
+        # GroupQueryAttention refuses several rows of several tokens after a past.
+        self.is_grouped = g.Equal(T, self.one) | g.Equal(B, self.one) | g.Equal(last, self.zero)
+        self.last_cell_B = g.Cast(position_B + (T - self.one), to=INT32)
+        self.total = g.Cast(self.L, to=INT32)
 
 
-def _grouped_prefill(
-    g: Body, one: dict[str, Any], q: Value, k: Value, v: Value, cache_k: Value, cache_v: Value, position_B: Value, last: Value
+def attend_grouped(
+    g: Body, one: dict[str, Any], call: Call, q: Value, k: Value | None, v: Value | None, cache_k: Value, cache_v: Value, *rotation: Value
 ) -> tuple[Value, ...]:
-    T = g.Squeeze(g.dim(q, 1), [0])
-    seqlens_k, total = g.Cast(position_B + (T - 1), to=INT32), g.Cast(last + T, to=INT32)
-    # A sink of -inf adds exp(-inf) = 0 to every softmax, and keeps onnxruntime 1.31 off its tiled kernel, which takes twice as long here.
+    """GroupQueryAttention on q_BTE, k and v, or on all three packed in q; `rotation` is empty or its tables of cosines and sines."""
+    # A sink of -inf adds exp(-inf) = 0 to every softmax, and keeps onnxruntime 1.31 off its tiled kernel, which takes longer on a CPU.
     sink_H = g.constant(np.full(one["num_heads"], -np.inf, np.float16 if g.dtype == FLOAT16 else np.float32))
-    return _grouped(g, one, q, k, v, cache_k, cache_v, seqlens_k, total, None, None, None, None, sink_H)
+    heads = {"num_heads": one["num_heads"], "kv_num_heads": one["kv_num_heads"], "do_rotary": int(bool(rotation))}
+    inputs = (q, k, v, cache_k, cache_v, call.last_cell_B, call.total, *(rotation or (None, None)), None, None, sink_H)
+    outputs: tuple[Value, ...] = g.microsoft("GroupQueryAttention", *inputs, outs=3, **heads)
+    return outputs
 
 
-def _masked(
+def flat_output(g: Body, values: tuple[Value, ...]) -> tuple[Value, ...]:
+    """The values of `attend_masked` with out_BTHP as out_BTE."""
+    return g.reshape(values[0], 0, 0, -1), *values[1:]
+
+
+def attend_masked(
     g: Body, one: dict[str, Any], q: Value, k: Value, v: Value, cache_k: Value, cache_v: Value, position_B: Value
 ) -> tuple[Value, Value, Value]:
     """In standard ops, over all cells (onnxruntime: over those in use)."""

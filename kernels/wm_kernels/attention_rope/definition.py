@@ -1,0 +1,158 @@
+"""Attention with rotary positions, from one packed projection.
+
+B batch   T tokens   H query heads   K key/value heads   P head dimension   F rotated pairs   S cache capacity
+E = H·P output width   C = (H + 2K)·P packed width
+"""
+
+import torch
+from torch import Tensor
+
+from wm_kernels._registration import check_shapes, check_that, register_reference_autograd
+from wm_kernels.attention.definition import attend_in_place, attention_reference, check_attention
+from wm_kernels.rope.definition import rope_reference
+
+
+def attention_rope_reference(
+    qkv_BTC: Tensor,
+    cos_BTF: Tensor,
+    sin_BTF: Tensor,
+    cache_k_BKSP: Tensor | None,
+    cache_v_BKSP: Tensor | None,
+    position_B: Tensor | None,
+    valid_B: Tensor | None,
+    n_head: int,
+    n_kv_head: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotate queries and keys by each token's position, write keys and values into the cache, attend causally.
+
+        q, k, v = split(qkv)        cache[position + t] = (rot_t(k_t), v_t)
+        out_t = sum_s softmax_s(rot_t(q_t) · rot_s(k_s) / sqrt(P)) v_s,  s <= position + t
+
+    Query head h reads kv head h // (H/K). Without a cache, the T tokens attend to each other.
+
+    Args:
+        qkv_BTC: all query heads, then all key heads, then all value heads, not yet rotated; any float dtype.
+        cos_BTF: cosines from `rope_angles`; 2F <= P; the first 2F entries of queries and keys are rotated as in `rope`.
+        sin_BTF: sines from `rope_angles`.
+        cache_k_BKSP: rotated keys so far, or None. Cells at or past the position are undefined but must be finite.
+        cache_v_BKSP: values so far, or None.
+        position_B: cells in use before the call, int64; position + T <= S. Given if and only if the caches are.
+        valid_B: tokens of each row that count, int64; None is T. Outputs of later tokens are finite and without meaning, and
+            their keys go to cells past the valid ones, which are undefined.
+        n_head: query heads (H).
+        n_kv_head: key/value heads (K).
+
+    Returns:
+        (out_BTE, cache_k_BKSP, cache_v_BKSP) in the dtype of qkv; without a cache the last two are empty, of shape (B, K, 0, P).
+
+    Raises:
+        RuntimeError: shapes or dtypes disagree, C is not a multiple of H + 2K, H is not a multiple of K, 2F > P, or only some of cache and
+            position are given.
+
+    Source:
+        Vaswani et al. 2017, arXiv:1706.03762, eq. (1); rotation: Su et al. 2021, arXiv:2104.09864, eq. (34); shared kv heads: Ainslie
+        et al. 2023, arXiv:2305.13245.
+    """
+    qkv = _rotated("attention_rope", qkv_BTC, cos_BTF, sin_BTF, n_head, n_kv_head)
+    out_BTHP, cache_k, cache_v = attention_reference(*qkv, cache_k_BKSP, cache_v_BKSP, position_B, valid_B)
+    return out_BTHP.flatten(2), cache_k, cache_v
+
+
+def _split(op: str, qkv_BTC: Tensor, cos_BTF: Tensor, sin_BTF: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor]:
+    """Queries and keys to rotate, [B, T, H + K, P], and v_BTKP."""
+    size = check_shapes(op, qkv_BTC=qkv_BTC, cos_BTF=cos_BTF, sin_BTF=sin_BTF)
+    packed = n_head + 2 * n_kv_head
+    check_that(op, size["C"] % packed == 0, lambda: f"qkv_BTC is {size['C']} wide, expected a multiple of H + 2K = {packed}")
+    P = size["C"] // packed
+    check_that(op, 2 * size["F"] <= P, lambda: f"2F = {2 * size['F']} entries are rotated, expected at most P = {P}")
+    qk_BTHP, v_BTKP = qkv_BTC.unflatten(2, (packed, P)).split([n_head + n_kv_head, n_kv_head], 2)
+    return qk_BTHP, v_BTKP
+
+
+def _rotated(op: str, qkv_BTC: Tensor, cos_BTF: Tensor, sin_BTF: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """rot(q)_BTHP, rot(k)_BTKP, v_BTKP."""
+    qk_BTHP, v_BTKP = _split(op, qkv_BTC, cos_BTF, sin_BTF, n_head, n_kv_head)
+    q_BTHP, k_BTKP = rope_reference(qk_BTHP, cos_BTF, sin_BTF).split([n_head, n_kv_head], 2)
+    return q_BTHP, k_BTKP, v_BTKP
+
+
+@torch.library.custom_op("wm::attention_rope", mutates_args=())
+def attention_rope(
+    qkv_BTC: Tensor,
+    cos_BTF: Tensor,
+    sin_BTF: Tensor,
+    cache_k_BKSP: Tensor | None,
+    cache_v_BKSP: Tensor | None,
+    position_B: Tensor | None,
+    valid_B: Tensor | None,
+    n_head: int,
+    n_kv_head: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `attention_rope_reference`."""
+    qkv = _rotated("attention_rope", qkv_BTC, cos_BTF, sin_BTF, n_head, n_kv_head)
+    check_attention("attention_rope", *qkv, cache_k_BKSP, cache_v_BKSP, position_B, valid_B)
+    if cache_k_BKSP is None or cache_v_BKSP is None or position_B is None:
+        out, cache_k, cache_v = attention_reference(*qkv, None, None, None, valid_B)
+    else:
+        cache_k = cache_k_BKSP.clone(memory_format=torch.contiguous_format)
+        cache_v = cache_v_BKSP.clone(memory_format=torch.contiguous_format)
+        out = attend_in_place(*qkv, cache_k, cache_v, position_B)
+    return out.contiguous().flatten(2), cache_k, cache_v
+
+
+@attention_rope.register_fake
+def _(
+    qkv_BTC: Tensor,
+    cos_BTF: Tensor,
+    sin_BTF: Tensor,
+    cache_k_BKSP: Tensor | None,
+    cache_v_BKSP: Tensor | None,
+    position_B: Tensor | None,
+    valid_B: Tensor | None,
+    n_head: int,
+    n_kv_head: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    qk, v = _split("attention_rope", qkv_BTC, cos_BTF, sin_BTF, n_head, n_kv_head)
+    q, k = qk.split([n_head, n_kv_head], 2)
+    check_attention("attention_rope", q, k, v, cache_k_BKSP, cache_v_BKSP, position_B, valid_B)
+    shape = (k.shape[0], n_kv_head, 0, k.shape[3]) if cache_k_BKSP is None else cache_k_BKSP.shape
+    return qkv_BTC.new_empty((*q.shape[:2], n_head * q.shape[3])), qkv_BTC.new_empty(shape), qkv_BTC.new_empty(shape)
+
+
+register_reference_autograd(attention_rope, attention_rope_reference)
+
+
+@torch.library.custom_op("wm::attention_rope_", mutates_args=("cache_k_BKSP", "cache_v_BKSP"))
+def attention_rope_(
+    qkv_BTC: Tensor,
+    cos_BTF: Tensor,
+    sin_BTF: Tensor,
+    cache_k_BKSP: Tensor,
+    cache_v_BKSP: Tensor,
+    position_B: Tensor,
+    valid_B: Tensor | None,
+    n_head: int,
+    n_kv_head: int,
+) -> Tensor:
+    """`attention_rope` that writes T cells of the given caches and copies nothing; see `attention_rope_reference`."""
+    qkv = _rotated("attention_rope_", qkv_BTC, cos_BTF, sin_BTF, n_head, n_kv_head)
+    check_attention("attention_rope_", *qkv, cache_k_BKSP, cache_v_BKSP, position_B, valid_B)
+    return attend_in_place(*qkv, cache_k_BKSP, cache_v_BKSP, position_B).contiguous().flatten(2)
+
+
+@attention_rope_.register_fake
+def _(
+    qkv_BTC: Tensor,
+    cos_BTF: Tensor,
+    sin_BTF: Tensor,
+    cache_k_BKSP: Tensor,
+    cache_v_BKSP: Tensor,
+    position_B: Tensor,
+    valid_B: Tensor | None,
+    n_head: int,
+    n_kv_head: int,
+) -> Tensor:
+    qk, v = _split("attention_rope_", qkv_BTC, cos_BTF, sin_BTF, n_head, n_kv_head)
+    q, k = qk.split([n_head, n_kv_head], 2)
+    check_attention("attention_rope_", q, k, v, cache_k_BKSP, cache_v_BKSP, position_B, valid_B)
+    return qkv_BTC.new_empty((*q.shape[:2], n_head * q.shape[3]))
