@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from helpers import LIMIT, lively_params, random_tokens
 from wm_graph import ModelConfig, forward, zero_state
-from wm_graph.blocks import cdmoe
+from wm_graph.feed_forwards import cdmoe
 from wm_graph.model import make_context
 from wm_graph.params import CdmoeParams
 
@@ -84,6 +84,6 @@ def test_a_whole_model_runs_on_the_peer_block() -> None:
         return next(calls)(x_MD.reshape(context.batch, context.tokens, -1)).reshape(x_MD.shape)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("wm_graph.blocks.cdmoe", theirs)
+        patch.setattr("wm_graph.feed_forwards.cdmoe", theirs)
         found, _ = forward(cfg, params, tokens)
     torch.testing.assert_close(found, expected, rtol=0, atol=LIMIT)

@@ -5,10 +5,11 @@ import json
 from dataclasses import dataclass
 from typing import Any, Self
 
+from wm_graph.config_checks import FEED_FORWARDS, FORMS, MIXERS, check_config
 from wm_graph.errors import ConfigError
 
-MIXERS = ("ssd", "attention", "dynamic_mask_attention")
-FEED_FORWARDS = ("mlp", "cdmoe")
+__all__ = ["FEED_FORWARDS", "FORMS", "MAX_POSITION", "MIXERS", "ModelConfig"]
+
 MAX_POSITION = 2**24  # RoPE angles are exact up to here
 
 
@@ -20,26 +21,65 @@ class ModelConfig:
         name: preset or import name, for people.
         vocab_size: tokens in the vocabulary (V).
         d_model: width of the residual stream (D).
-        d_ff: hidden width of the gated MLP, and of CDMoE's shared MLP.
+        d_ff: hidden width of the gated MLP, of CDMoE's shared MLP and of each routed expert of a moe layer.
         layers: one (mixer, feed-forward) pair per layer; see `MIXERS` and `FEED_FORWARDS`.
         n_head: query heads of attention layers (H).
-        n_kv_head: key/value heads (K); divides n_head.
+        n_kv_head: key/value heads (K); divides n_head. Inner function attention has a value per query head and ignores it.
         head_dim: width of one attention head (P).
-        ssd_head: heads of SSD layers (H).
-        ssd_head_dim: width of one SSD head (P).
-        ssd_state: state size of one SSD head (N).
-        ssd_group: groups that share B and C (G); divides ssd_head; head h uses group h // (ssd_head / ssd_group).
-        ssd_rope: rotate C and B by position (2412.11834).
-        keep_window: keys a dynamic-mask attention head keeps (W).
+        attention_rope: rotate queries and keys of attention layers by position; Jamba does not.
+        rotary_dim: leading features of an attention head that are rotated; 0 is all of them.
+        attention_bias: the projections of attention layers have biases.
         qk_norm: RMS-normalise queries and keys before RoPE.
+        ssd_head: heads of ssd and mamba2 layers (H).
+        ssd_head_dim: width of one such head (P).
+        ssd_state: state size of one such head (N).
+        ssd_group: groups that share B and C (G); divides ssd_head; head h uses group h // (ssd_head / ssd_group).
+        ssd_rope: rotate C and B of ssd and mamba2 layers by position (2412.11834).
+        conv_size: taps of the convolution of mamba1 and mamba2 layers (L).
+        conv_bias: that convolution has a bias.
+        mamba_bias: the input and output projections of mamba1 and mamba2 layers have biases.
+        dt_min: least step size of a mamba2 layer, after softplus.
+        dt_max: largest step size of a mamba2 layer; 0 is no limit.
+        mamba1_width: channels of a mamba1 layer (C).
+        mamba1_state: state size of one channel (N).
+        dt_rank: width from which a mamba1 layer makes its step sizes.
+        mamba1_norm: RMS-normalise dt, B and C of mamba1 layers, as Jamba does.
+        keep_window: keys a dynamic-mask attention head keeps (W), where `dma_mask` is keep_window or log.
+        dma_mask: what a key's score does. keep_window: keep the W best keys, add exp(A softplus(dt)); log: the same, add A softplus(dt);
+            additive: add exp(A softplus(dt)); binary: hide keys whose exp(A softplus(dt)) < 1; ratio: additive, and hide the lowest
+            `dma_ratio` of the visible keys.
+        dma_heads: scores per kv head or per query head; only kv where the window is kept.
+        dma_ratio: share of the visible keys that are hidden, where `dma_mask` is ratio.
+        ifa_form: inner function of inner function attention: sum of the k best value vectors per retrieval head, the one best, or the k
+            best weighted by a softmax.
+        ifa_mask: static mask over (head, position): none, hidden where the parameter is exactly 0, or rounded with a straight-through
+            gradient.
+        ifa_value: value vectors of an inner function attention layer.
+        ifa_head: retrieval heads of its inner function.
+        ifa_pick: vectors per retrieval head and token.
+        d_ifa: width of one retrieval head.
+        ifa_positions: positions that the static mask covers, an upper limit of the capacity.
         learned_residual: scale the skip branch by a learned vector; False is the plain sum.
         tie_embeddings: the head is the embedding.
+        mlp_bias: the linear layers of mlp feed-forwards have biases.
         rope_theta: base of the rotary frequencies.
+        rope_scaling: none; linear: positions over `rope_factor`; llama3: low frequencies over `rope_factor`; dynamic: NTK, a base that
+            grows with the sequence past `rope_original`.
+        rope_factor: the factor of the scaling.
+        rope_original: length the model was trained at, for llama3 and dynamic scaling.
+        rope_low: llama3's low_freq_factor.
+        rope_high: llama3's high_freq_factor.
+        rope_dynamic_cache: allow dynamic scaling together with a state. Keys and states from earlier calls keep the angles of their time,
+            so that a prompt in pieces differs from the whole.
         norm_eps: epsilon of every RMS norm.
-        n_expert: experts of a CDMoE layer (E), a perfect square.
+        n_expert: experts of a cdmoe layer, a perfect square, or of a moe layer (E).
         n_retrieval_head: product-key heads (R).
-        n_pick: experts per retrieval head and token (k).
+        n_pick: experts per retrieval head and token, or per token of a moe layer (k).
         d_retrieval: width of one head's query, two halves of d_retrieval / 2 (r = 2d).
+        cdmoe_form: c2: gated shared MLP, weights outside the activation (2412.11834); c1_parallel, c1_serial: plain shared MLP, weights
+            inside (2407.16958); single_head: c2 with both halves' scores straight from a linear layer.
+        moe_form: gated experts, or plain experts with biases beside a gated shared one.
+        moe_normalize: divide a moe layer's weights by their sum over the experts picked.
     """
 
     name: str
@@ -50,33 +90,85 @@ class ModelConfig:
     n_head: int
     n_kv_head: int
     head_dim: int
+    attention_rope: bool = True
+    rotary_dim: int = 0
+    attention_bias: bool = False
+    qk_norm: bool = False
     ssd_head: int = 1
     ssd_head_dim: int = 1
     ssd_state: int = 1
     ssd_group: int = 1
     ssd_rope: bool = True
+    conv_size: int = 4
+    conv_bias: bool = True
+    mamba_bias: bool = False
+    dt_min: float = 0.0
+    dt_max: float = 0.0
+    mamba1_width: int = 1
+    mamba1_state: int = 1
+    dt_rank: int = 1
+    mamba1_norm: bool = False
     keep_window: int = 2048
-    qk_norm: bool = False
+    dma_mask: str = "keep_window"
+    dma_heads: str = "kv"
+    dma_ratio: float = 0.0
+    ifa_form: str = "topk_sum"
+    ifa_mask: str = "none"
+    ifa_value: int = 1
+    ifa_head: int = 1
+    ifa_pick: int = 1
+    d_ifa: int = 1
+    ifa_positions: int = 2048
     learned_residual: bool = False
     tie_embeddings: bool = True
+    mlp_bias: bool = False
     rope_theta: float = 10000.0
+    rope_scaling: str = "none"
+    rope_factor: float = 1.0
+    rope_original: int = 2048
+    rope_low: float = 1.0
+    rope_high: float = 4.0
+    rope_dynamic_cache: bool = False
     norm_eps: float = 1e-6
     n_expert: int = 0
     n_retrieval_head: int = 0
     n_pick: int = 0
     d_retrieval: int = 0
+    cdmoe_form: str = "c2"
+    moe_form: str = "gated"
+    moe_normalize: bool = False
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _check_sizes(self)
-        _check_layers(self)
-        if any(feed_forward == "cdmoe" for _, feed_forward in self.layers):
-            _check_cdmoe(self)
+        check_config(self)
 
     @property
     def n_subkey(self) -> int:
         """Sub-keys per retrieval head and half: J = sqrt(E)."""
         return round(self.n_expert**0.5)
+
+    @property
+    def n_score_head(self) -> int:
+        """Scores per key of a dynamic-mask attention layer (A)."""
+        return self.n_kv_head if self.dma_heads == "kv" else self.n_head
+
+    @property
+    def keeps_window(self) -> bool:
+        """Dynamic-mask attention layers keep a window of keys, not a cache of all."""
+        return self.dma_mask in ("keep_window", "log")
+
+    @property
+    def max_position(self) -> int:
+        """Most tokens that a row may hold."""
+        masked = self.ifa_mask != "none" and any(mixer == "inner_function_attention" for mixer, _ in self.layers)
+        return min(MAX_POSITION, self.ifa_positions) if masked else MAX_POSITION
+
+    def rotary_width(self, mixer: str) -> int:
+        """Features of a head that a layer rotates by position; 0 where it rotates none."""
+        if mixer in ("ssd", "mamba2"):
+            return self.ssd_state if self.ssd_rope else 0
+        if mixer == "mamba1" or not self.attention_rope:
+            return 0
+        return self.rotary_dim or self.head_dim
 
     @classmethod
     def preset(cls, name: str) -> "ModelConfig":
@@ -121,60 +213,3 @@ class ModelConfig:
         except (ValueError, RecursionError) as error:  # ValueError: bad syntax, or a number of absurd length
             raise ConfigError(f"ModelConfig: not valid JSON ({str(error).splitlines()[0]}); write it with to_json") from error
         return cls.from_dict(values)
-
-
-_PYTHON_TYPES: dict[Any, tuple[type, ...]] = {str: (str,), int: (int,), float: (float, int), bool: (bool,)}
-
-
-def _check_types(cfg: ModelConfig) -> None:
-    for field in dataclasses.fields(cfg):
-        allowed = _PYTHON_TYPES.get(field.type)
-        if allowed is None:
-            continue
-        value = getattr(cfg, field.name)
-        if not isinstance(value, allowed) or (isinstance(value, bool) and field.type is not bool):
-            raise ConfigError(f"ModelConfig: {field.name} is {value!r}, expected a value of type {allowed[0].__name__}")
-
-
-def _check_sizes(cfg: ModelConfig) -> None:
-    optional = {"n_expert", "n_retrieval_head", "n_pick", "d_retrieval"}
-    for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        if field.type is int and value < (0 if field.name in optional else 1):
-            raise ConfigError(f"ModelConfig: {field.name} is {value}, expected at least {0 if field.name in optional else 1}")
-        if field.type is float and not 0.0 < value < float("inf"):
-            raise ConfigError(f"ModelConfig: {field.name} is {value}, expected a positive finite number")
-    if cfg.n_head % cfg.n_kv_head:
-        raise ConfigError(f"ModelConfig: n_head {cfg.n_head} is not a multiple of n_kv_head {cfg.n_kv_head}")
-    if cfg.ssd_head % cfg.ssd_group:
-        raise ConfigError(f"ModelConfig: ssd_head {cfg.ssd_head} is not a multiple of ssd_group {cfg.ssd_group}")
-
-
-def _check_layers(cfg: ModelConfig) -> None:
-    if not cfg.layers:
-        raise ConfigError("ModelConfig: layers is empty, expected at least one (mixer, feed_forward) pair")
-    for mixer, feed_forward in cfg.layers:
-        if mixer not in MIXERS:
-            raise ConfigError(f"ModelConfig: unknown mixer {mixer!r}; choose one of {', '.join(MIXERS)}")
-        if feed_forward not in FEED_FORWARDS:
-            raise ConfigError(f"ModelConfig: unknown feed-forward {feed_forward!r}; choose one of {', '.join(FEED_FORWARDS)}")
-    mixers = {mixer for mixer, _ in cfg.layers}
-    if mixers - {"ssd"} and cfg.head_dim % 2:
-        raise ConfigError(f"ModelConfig: head_dim {cfg.head_dim} is odd; RoPE rotates pairs, use an even width")
-    if "ssd" in mixers and cfg.ssd_rope and cfg.ssd_state % 2:
-        raise ConfigError(f"ModelConfig: ssd_state {cfg.ssd_state} is odd; RoPE rotates pairs, use an even size")
-
-
-def _check_cdmoe(cfg: ModelConfig) -> None:
-    for name in ("n_expert", "n_retrieval_head", "n_pick", "d_retrieval"):
-        if getattr(cfg, name) < 1:
-            raise ConfigError(f"ModelConfig: {name} is {getattr(cfg, name)}, a cdmoe layer needs at least 1")
-    if cfg.n_subkey**2 != cfg.n_expert:
-        raise ConfigError(
-            f"ModelConfig: n_expert {cfg.n_expert} is not a perfect square, so experts past {int(cfg.n_expert**0.5) ** 2} "
-            "could never be retrieved; use a square"
-        )
-    if cfg.n_pick > cfg.n_subkey:
-        raise ConfigError(f"ModelConfig: n_pick {cfg.n_pick} exceeds the {cfg.n_subkey} sub-keys of a half")
-    if cfg.d_retrieval % 2:
-        raise ConfigError(f"ModelConfig: d_retrieval {cfg.d_retrieval} is odd; it is split into two halves")

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import wm_kernels as ops
-from wm_graph.blocks import Context, layer, rms_norm
+from wm_graph.blocks import layer
 from wm_graph.config import ModelConfig
+from wm_graph.context import Context, rms_norm
 from wm_graph.params import Params
 from wm_graph.state import LayerState, State
 from wm_graph.taps import Taps
@@ -103,13 +104,13 @@ def make_context(
     position_BT = torch.arange(tokens, device=tokens_BT.device).expand(batch, tokens)
     if state is not None:
         position_BT = position_BT + state.position.unsqueeze(-1)
-    widths = {cfg.ssd_state if mixer == "ssd" else cfg.head_dim: None for mixer, _ in cfg.layers if mixer != "ssd" or cfg.ssd_rope}
+    widths = dict.fromkeys(width for mixer, _ in cfg.layers if (width := cfg.rotary_width(mixer)))
     angles: dict[int, tuple[Tensor, Tensor]] = {}
     for width in widths:
         angles[width] = ops.rope_angles(position_BT, width // 2, cfg.rope_theta, dtype == torch.float64)
         if taps is not None:
             taps.record("", "rope_angles", angles[width])
-    return Context(batch, tokens, None if state is None else state.position, valid_B, angles, in_place, taps)
+    return Context(batch, tokens, position_BT, None if state is None else state.position, valid_B, angles, in_place, taps)
 
 
 def next_state(state: State, layer_states: list[LayerState | None], context: Context) -> State:

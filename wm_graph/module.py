@@ -4,8 +4,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from wm_graph.blocks import Context, layer
+from wm_graph.blocks import layer
 from wm_graph.config import ModelConfig
+from wm_graph.context import Context
 from wm_graph.model import run_model
 from wm_graph.params import LayerParams, Params, map_tensors, named_tensors
 from wm_graph.state import LayerState, State

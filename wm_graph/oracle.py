@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from wm_graph.blocks import Context, layer
+from wm_graph.blocks import layer
 from wm_graph.config import ModelConfig
+from wm_graph.context import Context
 from wm_graph.model import run_model
 from wm_graph.params import Params, cast_params
 from wm_graph.state import LayerState, State

@@ -27,61 +27,140 @@ class SsdParams:
 
 
 @dataclass(frozen=True)
+class Mamba2Params:
+    """Mamba-2: merged projections z | x | B | C | dt, convolution over x | B | C, skip D_H, gated norm."""
+
+    in_proj: Tensor
+    conv_weight: Tensor
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+    norm: Tensor
+    out_proj: Tensor
+    conv_bias: Tensor | None = None
+    in_proj_bias: Tensor | None = None
+    out_proj_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Mamba1Params:
+    """Mamba-1: merged projections x | z, convolution over x, dt | B | C made from x, skip D_C; Jamba's norms of dt, B and C."""
+
+    in_proj: Tensor
+    conv_weight: Tensor
+    x_proj: Tensor
+    dt_proj: Tensor
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+    out_proj: Tensor
+    conv_bias: Tensor | None = None
+    in_proj_bias: Tensor | None = None
+    out_proj_bias: Tensor | None = None
+    dt_norm: Tensor | None = None
+    B_norm: Tensor | None = None
+    C_norm: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class AttentionParams:
-    """Attention: merged q | k | v, output projection, optional norms over the head dim."""
+    """Attention: merged q | k | v, output projection, optional biases, optional norms over the head dim."""
 
     qkv: Tensor
     out: Tensor
+    qkv_bias: Tensor | None = None
+    out_bias: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class DynamicMaskAttentionParams:
-    """Attention with a content score per key and kv head: score = exp(A softplus(v dt^T))."""
+    """Attention with a content score per key and score head: score = exp(A softplus(v dt^T))."""
 
     qkv: Tensor
     out: Tensor
     dt: Tensor
     A: Tensor
+    qkv_bias: Tensor | None = None
+    out_bias: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
 
 
 @dataclass(frozen=True)
+class InnerFunctionAttentionParams:
+    """Attention whose values are the input gated by retrieved vectors: merged q | k, retrieval, static mask by head and position."""
+
+    qk: Tensor
+    out: Tensor
+    value_query: Tensor
+    value_keys: Tensor
+    value_embed: Tensor
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class MlpParams:
-    """Gated MLP: merged gate | up [2f, D], down [D, f]."""
+    """Gated MLP: merged gate | up [2f, D], down [D, f], optional biases."""
 
     gate_up: Tensor
     down: Tensor
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MoeParams:
+    """Routed experts: router [E, D], expert matrices; in the form of shared expert isolation biases and a gated shared expert."""
+
+    router: Tensor
+    expert_in: Tensor
+    expert_out: Tensor
+    expert_in_bias: Tensor | None = None
+    expert_out_bias: Tensor | None = None
+    shared_in: Tensor | None = None
+    shared_in_bias: Tensor | None = None
+    shared_out: Tensor | None = None
+    shared_out_bias: Tensor | None = None
+    shared_gate: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class CdmoeParams:
-    """Cross-domain mixture of experts: shared gated MLP, product-key retrieval, two expert tables [E, D]."""
+    """Cross-domain mixture of experts: shared MLP (gate_up, or up alone), retrieval (query and keys, or router), expert tables."""
 
-    gate_up: Tensor
     down: Tensor
-    query: Tensor
-    keys: Tensor
     expert_down: Tensor
     expert_up: Tensor
+    gate_up: Tensor | None = None
+    up: Tensor | None = None
+    query: Tensor | None = None
+    keys: Tensor | None = None
+    router: Tensor | None = None
 
 
-Mixer = SsdParams | AttentionParams | DynamicMaskAttentionParams
-FeedForward = MlpParams | CdmoeParams
-_MIXERS: dict[str, type[Mixer]] = {"ssd": SsdParams, "attention": AttentionParams, "dynamic_mask_attention": DynamicMaskAttentionParams}
-_FEED_FORWARDS: dict[str, type[FeedForward]] = {"mlp": MlpParams, "cdmoe": CdmoeParams}
+Mixer = SsdParams | Mamba2Params | Mamba1Params | AttentionParams | DynamicMaskAttentionParams | InnerFunctionAttentionParams
+FeedForward = MlpParams | MoeParams | CdmoeParams
+_MIXERS: dict[str, type[Mixer]] = {
+    "ssd": SsdParams,
+    "mamba2": Mamba2Params,
+    "mamba1": Mamba1Params,
+    "attention": AttentionParams,
+    "dynamic_mask_attention": DynamicMaskAttentionParams,
+    "inner_function_attention": InnerFunctionAttentionParams,
+}
+_FEED_FORWARDS: dict[str, type[FeedForward]] = {"mlp": MlpParams, "moe": MoeParams, "cdmoe": CdmoeParams}
 
 
 @dataclass(frozen=True)
 class LayerParams:
-    """A mixer and a feed-forward, each with its norm and, where learned, the scale of its skip branch."""
+    """A mixer and, unless there is none, a feed-forward, each with its norm and, where learned, the scale of its skip branch."""
 
     mixer_norm: Tensor
     mixer: Mixer
-    feed_forward_norm: Tensor
-    feed_forward: FeedForward
+    feed_forward_norm: Tensor | None = None
+    feed_forward: FeedForward | None = None
     mixer_residual: Tensor | None = None
     feed_forward_residual: Tensor | None = None
 
@@ -106,27 +185,34 @@ def is_float32_always(name: str) -> bool:
 
 
 def init_params(cfg: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> Params:
-    """Random parameters: weights and keys N(0, 0.02^2), norms and residual scales 1, A_log = log(1..H), A = 0.
+    """Random parameters, the same for a seed and configuration in every dtype up to rounding.
 
-    The values depend on the seed and the configuration alone: every dtype is rounded from the same float32 draw.
+    Weights and keys N(0, 0.02^2); norms, residual scales, skips D and static masks 1; biases and A 0; A_log = log(1..H), of Mamba-1
+    log(1..N); convolutions and dt_proj uniform within 1/sqrt(fan-in); dt_bias such that softplus(dt_bias) is log-uniform in 0.001..0.1.
 
     Source:
-        arXiv:2412.11834, reference initialisation; keys as arXiv:2407.04153.
+        arXiv:2412.11834, reference initialisation; keys as arXiv:2407.04153; dt_bias and convolutions as arXiv:2312.00752.
     """
     generator = torch.Generator().manual_seed(seed)
-
-    def draw(name: str, shape: tuple[int, ...]) -> Tensor:
-        leaf = name.rsplit(".", 1)[-1]
-        if leaf == "A_log":
-            return torch.log(torch.arange(1, shape[0] + 1, dtype=torch.float64)).float()
-        if leaf == "A":
-            return torch.zeros(shape)
-        if leaf.endswith(("norm", "residual")):
-            return torch.ones(shape)
-        return torch.empty(shape).normal_(0.0, 0.02, generator=generator)
-
-    tensors = {name: draw(name, shape) for name, shape in parameter_shapes(cfg).items()}
+    tensors = {name: _draw(name.rsplit(".", 1)[-1], shape, generator) for name, shape in parameter_shapes(cfg).items()}
     return cast_params(params_from_flat(cfg, tensors), dtype)
+
+
+def _draw(leaf: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    if leaf == "A_log":
+        return torch.log(torch.arange(1, shape[-1] + 1, dtype=torch.float64)).float().expand(shape).clone()
+    if leaf == "dt_bias":
+        low, high = math.log(1e-3), math.log(1e-1)
+        step = torch.empty(shape, dtype=torch.float64).uniform_(low, high, generator=generator).exp()
+        return torch.log(torch.expm1(step)).float()  # the inverse of softplus
+    if leaf in ("conv_weight", "dt_proj"):
+        bound = shape[-1] ** -0.5
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    if leaf == "A" or leaf.endswith("bias"):
+        return torch.zeros(shape)
+    if leaf.endswith(("norm", "residual")) or leaf in ("D", "mask"):
+        return torch.ones(shape)
+    return torch.empty(shape).normal_(0.0, 0.02, generator=generator)
 
 
 def params_from_flat(cfg: ModelConfig, tensors: dict[str, Tensor]) -> Params:
@@ -155,8 +241,8 @@ def _layer_from_flat(pair: tuple[str, str], prefix: str, tensors: dict[str, Tens
     return LayerParams(
         mixer_norm=tensors[f"{prefix}.mixer_norm"],
         mixer=part(_MIXERS[pair[0]], "mixer"),
-        feed_forward_norm=tensors[f"{prefix}.feed_forward_norm"],
-        feed_forward=part(_FEED_FORWARDS[pair[1]], "feed_forward"),
+        feed_forward_norm=tensors.get(f"{prefix}.feed_forward_norm"),
+        feed_forward=None if pair[1] == "none" else part(_FEED_FORWARDS[pair[1]], "feed_forward"),
         mixer_residual=tensors.get(f"{prefix}.mixer_residual"),
         feed_forward_residual=tensors.get(f"{prefix}.feed_forward_residual"),
     )

@@ -1,9 +1,9 @@
 """Decode state as frozen dataclasses of tensors: explicit, passed in and returned, batch is axis 0 of every leaf.
 
-B batch, H heads, K kv heads, P head dim, N state, S cache capacity, W slots.
+B batch, H heads, K kv heads, A score heads, P head dim, N state, C channels, L taps, S cache capacity, W slots.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -21,11 +21,36 @@ class SsdState:
 
 
 @dataclass(frozen=True)
+class Mamba2State:
+    """Mamba-2 layer: the last inputs of the convolution and the recurrent state, float32."""
+
+    conv: Tensor  # BC(L-1)
+    ssd: Tensor  # BHPN
+
+
+@dataclass(frozen=True)
+class Mamba1State:
+    """Mamba-1 layer: the last inputs of the convolution and the recurrent state, float32."""
+
+    conv: Tensor  # BC(L-1)
+    scan: Tensor  # BCN
+
+
+@dataclass(frozen=True)
 class AttentionState:
     """Attention layer: key and value caches in the model's dtype; cells at or past the position are undefined."""
 
     k: Tensor  # BKSP
     v: Tensor  # BKSP
+
+
+@dataclass(frozen=True)
+class ScoredAttentionState:
+    """Attention whose keys carry scores: key, value and score caches; cells at or past the position are undefined."""
+
+    k: Tensor  # BKSP
+    v: Tensor  # BKSP
+    score: Tensor  # BAS, float32
 
 
 @dataclass(frozen=True)
@@ -38,8 +63,10 @@ class KeepWindowState:
     slot_position: Tensor  # BKW, int64, empty: -1
 
 
-LayerState = SsdState | AttentionState | KeepWindowState
-_STATES: dict[str, type[LayerState]] = {"ssd": SsdState, "attention": AttentionState, "dynamic_mask_attention": KeepWindowState}
+LayerState = SsdState | Mamba2State | Mamba1State | AttentionState | ScoredAttentionState | KeepWindowState
+# The leaves of a layer tell its kind of state.
+_STATES: tuple[type[LayerState], ...] = (SsdState, Mamba2State, Mamba1State, AttentionState, ScoredAttentionState, KeepWindowState)
+_BY_LEAVES = {frozenset(field.name for field in fields(cls)): cls for cls in _STATES}
 
 
 @dataclass(frozen=True)
@@ -50,7 +77,7 @@ class State:
     layers: tuple[LayerState, ...]
 
 
-for _cls in (*_STATES.values(), State):
+for _cls in (*_STATES, State):
     torch.export.register_dataclass(_cls, serialized_type_name=f"wm_graph.{_cls.__name__}")
 
 
@@ -89,11 +116,12 @@ def zero_state(
 def state_from_flat(cfg: ModelConfig, leaves: dict[str, Tensor]) -> State:
     """Nest flat named leaves (the names of `state_leaves`); no copy is made."""
 
-    def layer(index: int, mixer: str) -> LayerState:
+    def layer(index: int) -> LayerState:
         prefix = f"layers.{index}."
-        return _STATES[mixer](**{name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)})
+        found = {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}
+        return _BY_LEAVES[frozenset(found)](**found)
 
-    return State(leaves["position"], tuple(layer(index, mixer) for index, (mixer, _) in enumerate(cfg.layers)))
+    return State(leaves["position"], tuple(layer(index) for index in range(len(cfg.layers))))
 
 
 def state_to_flat(cfg: ModelConfig, state: State) -> dict[str, Tensor]:

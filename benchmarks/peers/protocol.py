@@ -1,7 +1,8 @@
 """What every runner shares: its command line, its timings and its one line of JSON. Standard library only, so every environment can use it.
 
-A runner is a class with `__init__(options)`, `prefill(ids) -> token`, `step(token) -> token` and `text(prompt) -> str`.
-`prefill` starts from an empty state; tokens are greedy and the end-of-sequence token does not stop them.
+A runner is a class with `__init__(options)`, `prefill(ids) -> token` and `step(token) -> token`; for `cold` also `text(prompt) -> str`, for
+`check` also `logits`, the row that the last token was chosen from. `prefill` starts from an empty state; tokens are greedy and the
+end-of-sequence token does not stop them.
 """
 
 import argparse
@@ -17,16 +18,19 @@ def run(make):
     runner = make(options)
     if options.mode == "cold":
         print(runner.text(options.prompt), flush=True)
+    elif options.mode == "check":
+        print(json.dumps(check(runner, options.reference)))
     else:
         print(json.dumps({**speed(runner, options.ids, options.steps), **memory()}))
 
 
 def _options():
     parser = argparse.ArgumentParser()
-    parser.add_argument("mode", choices=("speed", "cold"))
+    parser.add_argument("mode", choices=("speed", "cold", "check"))
     parser.add_argument("model")
     parser.add_argument("--ids", help="file with a JSON list of token ids, the prompt of `speed`")
     parser.add_argument("--prompt", default="The capital of France is", help="the prompt of `cold`")
+    parser.add_argument("--reference", help="file with the prompt, tokens and logits of `check`")
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--capacity", type=int, default=1024)
@@ -48,6 +52,21 @@ def speed(runner, ids_file, steps, prefills=3, warm_steps=4):
     tokens = generate(runner, token, steps)
     decode = time.perf_counter() - start
     return {"prefill_tok_s": len(ids) / sorted(times)[prefills // 2], "decode_tok_s": steps / decode, "tokens": [token, *tokens]}
+
+
+def check(runner, reference_file):
+    """The largest difference of any logit from the reference's, over the rows after the prompt and after each token fed behind it."""
+    with open(reference_file, encoding="utf-8") as file:
+        reference = json.load(file)
+    runner.prefill(reference["ids"])
+    found = [runner.logits.tolist()]
+    for token in reference["tokens"]:
+        runner.step(token)
+        found.append(runner.logits.tolist())
+    pairs = [pair for rows in zip(found, reference["logits"], strict=True) for pair in zip(*rows, strict=True)]
+    differences = [abs(one - other) for one, other in pairs]
+    worst = max(differences) if all(difference == difference for difference in differences) else float("inf")  # NaN is none
+    return {"logit_difference": worst, "largest_logit": max(abs(other) for _, other in pairs)}
 
 
 def generate(runner, token, steps):

@@ -15,15 +15,18 @@ class Session:
 
             torch.set_num_threads(options.threads)
         self.session = open_session(options.model, runtime=options.runtime, batch=1, capacity=options.capacity, **settings)
+        self.logits = None
 
     def prefill(self, ids):
         """Reset the session, feed the prompt, return the next token."""
         self.session.reset()
-        return int(self.session.prefill([ids])[0, -1].argmax())
+        self.logits = self.session.prefill([ids])[0, -1]
+        return int(self.logits.argmax())
 
     def step(self, token):
         """Feed one token, return the next."""
-        return int(self.session.decode([token])[0].argmax())
+        self.logits = self.session.decode([token])[0]
+        return int(self.logits.argmax())
 
 
 protocol.run(Session)

@@ -19,7 +19,7 @@ from wm_export.program import export_program, next_name
 from wm_export.to_onnx import FILES, onnx_from_program
 from wm_export.weights import write_weights
 from wm_graph.checkpoints import WEIGHTS, load_checkpoint, load_tensors, new_folder, read_json
-from wm_graph.config import MAX_POSITION, ModelConfig
+from wm_graph.config import ModelConfig
 from wm_graph.errors import BundleError, ExportError
 from wm_graph.params import Params, cast_params, params_from_flat, params_to_flat
 from wm_graph.shapes import LeafSpec, count_parameters, state_leaves
@@ -161,7 +161,7 @@ def _manifest(cfg: ModelConfig, dtype: torch.dtype, extra: dict[str, Any], folde
         "state": [_leaf(spec, dtype) for spec in state_leaves(cfg)],
         "files": _files(folder),
         "versions": _versions(),
-        "limits": {"max_position": MAX_POSITION, "vocab_size": cfg.vocab_size},
+        "limits": {"max_position": cfg.max_position, "vocab_size": cfg.vocab_size},
         "budgets": _budgets(str(dtype).removeprefix("torch.")),
         **extra,
     }

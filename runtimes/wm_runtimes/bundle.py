@@ -19,7 +19,7 @@ __all__ = ["Bundle", "FileEntry", "Limits", "StateLeaf", "TokenIds", "open_bundl
 SCHEMA = 1
 DTYPES = ("float32", "float16", "bfloat16")
 LEAF_DTYPES = (*DTYPES, "int64")
-LEAF_KINDS = ("position", "ssm", "kv", "slot", "score", "slot_position")
+LEAF_KINDS = ("position", "ssm", "conv", "kv", "slot", "score", "slot_position")
 SYMBOLS = ("batch", "capacity", "window")
 _MAX_MANIFEST_BYTES = 16_000_000
 

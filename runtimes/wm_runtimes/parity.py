@@ -20,6 +20,7 @@ import torch
 from wm_graph.checkpoints import load_tensors
 from wm_graph.config import ModelConfig
 from wm_graph.errors import BudgetError, InputError, RuntimeUnavailableError
+from wm_graph.feed_forwards import product_keys
 from wm_graph.oracle import oracle_forward
 from wm_graph.params import CdmoeParams, Params, params_from_flat
 from wm_graph.taps import Taps
@@ -190,7 +191,7 @@ class Oracle:
     def _keys(self, name: str) -> Array:
         feed_forward = self.params.layers[int(name.split(".")[1])].feed_forward
         assert isinstance(feed_forward, CdmoeParams)
-        return feed_forward.keys.detach().double().numpy()
+        return product_keys(self.cfg, feed_forward).detach().double().numpy()
 
 
 def _query_name(expert_name: str) -> str:

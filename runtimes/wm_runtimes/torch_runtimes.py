@@ -154,8 +154,8 @@ class CompiledSession(EagerSession):
         _mark_dynamic(state.position, 0)
         for layer in state.layers:
             for name, leaf in vars(layer).items():
-                # Axis 2 of a cache or window is its length; the scan's state has no such axis.
-                _mark_dynamic(leaf, 0, *(() if name == "ssd" else (2,)))
+                # Axis 2 of a cache or window is its length; the states of scans and convolutions have no such axis.
+                _mark_dynamic(leaf, 0, *(() if name in ("ssd", "scan", "conv") else (2,)))
         return state
 
 
