@@ -67,8 +67,8 @@ def mamba2(
     """
     width, bc_width = cfg.ssd_head * cfg.ssd_head_dim, cfg.ssd_group * cfg.ssd_state
     z_MC, xBC_MC, dt_MH = F.linear(u_MD, params.in_proj, params.in_proj_bias).split([width, width + 2 * bc_width, cfg.ssd_head], -1)
-    xBC_MC, conv = _convolution(params, xBC_MC, None if state is None else state.conv, context, scope)
-    x_MC, B_MC, C_MC = xBC_MC.split([width, bc_width, bc_width], -1)
+    xBC_BTC, conv = _convolution(params, xBC_MC, None if state is None else state.conv, context, scope)
+    x_MC, B_MC, C_MC = xBC_BTC.reshape(-1, width + 2 * bc_width).split([width, bc_width, bc_width], -1)
     dt_MH = _step_size(cfg, dt_MH.to(params.A_log.dtype) + params.dt_bias.to(params.A_log.dtype))
     inputs = (x_MC, dt_MH, params.A_log, B_MC, C_MC)
     y_BTHP, new_BHPN = _ssd_scan(cfg, inputs, None if state is None else state.ssd, context, scope)
@@ -90,14 +90,18 @@ def _step_size(cfg: ModelConfig, dt: Tensor) -> Tensor:
 def _convolution(
     params: Mamba1Params | Mamba2Params, x_MC: Tensor, state_BCY: Tensor | None, context: Context, scope: str
 ) -> tuple[Tensor, Tensor]:
-    """SiLU of the causal convolution over time, flat, and its state."""
+    """SiLU of the causal convolution over time, and its state.
+
+    Not flat: torch.export takes the first stride of a tensor that was flattened for min(C, C·T), so that a tensor unflattened again would
+    seem contiguous for some T only.
+    """
     inputs = (x_MC.reshape(context.batch, context.tokens, -1), params.conv_weight, params.conv_bias)
     if context.in_place and state_BCY is not None:
         y_BTC, new_BCY = ops.causal_conv1d_(*inputs, state_BCY, context.valid_B, "silu"), state_BCY
     else:
         y_BTC, new_BCY = ops.causal_conv1d(*inputs, state_BCY, context.valid_B, "silu")
     context.tap(scope, "causal_conv1d", y_BTC, new_BCY)
-    return y_BTC.reshape(-1, params.conv_weight.shape[0]), new_BCY
+    return y_BTC, new_BCY
 
 
 def mamba1(
@@ -115,13 +119,14 @@ def mamba1(
     """
     N, width = cfg.mamba1_state, cfg.mamba1_width
     x_MC, z_MC = F.linear(u_MD, params.in_proj, params.in_proj_bias).split([width, width], -1)
-    x_MC, conv = _convolution(params, x_MC, None if state is None else state.conv, context, scope)
+    x_BTC, conv = _convolution(params, x_MC, None if state is None else state.conv, context, scope)
+    x_MC = x_BTC.reshape(-1, width)
     dt_MR, B_MN, C_MN = F.linear(x_MC, params.x_proj).split([cfg.dt_rank, N, N], -1)
     if params.dt_norm is not None and params.B_norm is not None and params.C_norm is not None:
         pairs = ((dt_MR, params.dt_norm), (B_MN, params.B_norm), (C_MN, params.C_norm))
         dt_MR, B_MN, C_MN = (rms_norm(value, weight, cfg.norm_eps) for value, weight in pairs)
     dt_MC = F.softplus(F.linear(dt_MR, params.dt_proj, params.dt_bias).to(params.A_log.dtype))
-    x_BTC, dt_BTC, B_BTN, C_BTN = (part.reshape(context.batch, context.tokens, -1) for part in (x_MC, dt_MC, B_MN, C_MN))
+    dt_BTC, B_BTN, C_BTN = (part.reshape(context.batch, context.tokens, -1) for part in (dt_MC, B_MN, C_MN))
     inputs = (x_BTC, dt_BTC, -torch.exp(params.A_log), B_BTN, C_BTN)
     scan = None if state is None else state.scan
     if context.in_place and scan is not None:
