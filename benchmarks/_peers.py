@@ -32,6 +32,8 @@ PEERS = (
     Peer("mobius, onnxruntime", "mobius", "run_mobius.py", "smollm2-mobius"),
     Peer("mobius --ep cpu, onnxruntime", "mobius", "run_mobius.py", "smollm2-mobius-cpu"),
 )
+MAMBA2 = HERE / "make_mamba2.py"  # the source of the models mamba2-*
+MAMBA2_PEER = Peer("mobius, onnxruntime", "mobius", "run_mobius_states.py", "mamba2-mobius")
 
 
 def call(command: list[object], what: str) -> str:
@@ -63,20 +65,25 @@ def environment(cache: Path, name: str) -> Path:
     return python
 
 
-def model(cache: Path, name: str, gguf: Path) -> Path:
-    """The folder of a model in a peer's format, made on first use.
+def model(cache: Path, name: str, source: Path) -> Path:
+    """The folder of a model in a peer's format, made of a GGUF file or by a script, on first use and when that has changed.
 
     Raises:
         NotRun: it cannot be made.
     """
     folder = cache / "models" / name
-    if not _is_current(folder, mark := f"{gguf.name} {gguf.stat().st_size}"):
+    if not _is_current(folder, mark := _mark(source)):
         print(f"making {name}", file=sys.stderr)
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _MAKERS[name](cache, folder, gguf)
+        _MAKERS[name](cache, folder, source)
         (folder / ".ready").write_text(mark)
     return folder
+
+
+def _mark(source: Path) -> str:
+    """What tells one source from another: a script by its content, a file of weights by its size."""
+    return hashlib.sha256(source.read_bytes()).hexdigest() if source.suffix == ".py" else f"{source.name} {source.stat().st_size}"
 
 
 def _is_current(folder: Path, mark: str) -> bool:
@@ -101,9 +108,22 @@ def _make_mobius(cache: Path, folder: Path, gguf: Path, ep: str = "default") -> 
     shutil.copy(source / "tokenizer.json", folder)
 
 
+def _make_mamba2(cache: Path, folder: Path, script: Path) -> None:
+    call([environment(cache, "convert"), script, folder], script.name)
+
+
+def _make_mamba2_mobius(cache: Path, folder: Path, script: Path) -> None:
+    source = model(cache, "mamba2-hf", script)
+    # --model takes a folder too; --config looks up the wrong configuration class for Mamba2 in 0.1.0. --ep cpu makes the same graph.
+    build = [environment(cache, "mobius"), "-m", "mobius", "build", "--model", source, "--dtype", "f32", folder]
+    call(build, "mobius build")
+
+
 _MAKERS: dict[str, Callable[[Path, Path, Path], None]] = {
     "smollm2-hf": _make_hf,
     "smollm2-genai": _make_genai,
     "smollm2-mobius": _make_mobius,
     "smollm2-mobius-cpu": lambda cache, folder, gguf: _make_mobius(cache, folder, gguf, "cpu"),
+    "mamba2-hf": _make_mamba2,
+    "mamba2-mobius": _make_mamba2_mobius,
 }

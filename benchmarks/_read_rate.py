@@ -1,4 +1,4 @@
-"""How fast this machine reads memory: threads that add up or search one big float32 array; prints {"read_gb_s": best, 1e9 bytes a second}."""
+"""How fast this machine reads memory: threads go over one big float32 array; prints {"read_gb_s": best, in 1e9 bytes a second}."""
 
 import argparse
 import json

@@ -7,7 +7,8 @@ from typing import Any
 BEGIN, END = "<!-- cpu: begin; written by benchmarks/cpu.py -->", "<!-- cpu: end -->"
 OURS = "wm-graph"
 GENAI = "onnxruntime-genai"
-PREFILL_PEERS = ("transformers eager", "mobius, onnxruntime", "mobius --ep cpu, onnxruntime")
+MOBIUS = "mobius, onnxruntime"
+PREFILL_PEERS = ("transformers eager", MOBIUS, "mobius --ep cpu, onnxruntime")
 
 Measured = dict[str, Any]
 
@@ -21,7 +22,7 @@ def write_report(results: Measured, document: Path) -> None:
 
 def render(results: Measured) -> str:
     """All tables as markdown."""
-    parts = (_machine, _bars, _smollm2, _cheems, _export, _capacity)
+    parts = (_machine, _bars, _smollm2, _mamba2, _cheems, _cheems_320m, _export, _capacity)
     return "\n\n".join(text for part in parts if (text := part(results)))
 
 
@@ -38,13 +39,41 @@ def bars(results: Measured) -> list[tuple[str, float | None, str, float]]:
         ("SmolLM2 prefill ÷ best of transformers and mobius", _ratio(ours.get("prefill_tok_s"), best), "≥", 1.1),
         ("SmolLM2 `wm generate`, start to first token, s", ours.get("cold_s"), "≤", 1.3),
         ("SmolLM2 peak memory, MB", max((ours[key] for key in ("rss_mb", "cold_rss_mb") if key in ours), default=None), "≤", 800),
+        *_mamba2_bars(results),
         ("cheems-20m decode ÷ eager", _ratio(cheems.get("onnxruntime-cpu"), cheems.get("eager")), "≥", 2.0),
+        *_cheems_320m_bars(results),
         ("cheems-320m `wm export`, s", export.get("seconds"), "<", 180),
         ("cheems-320m peak memory ÷ (3 × weights + 500 MB)", _ratio(export.get("rss_mb"), memory_limit), "<", 1.0),
         ("cheems-320m largest ONNX header, MB", max(export.get("header_mb", {}).values(), default=None), "<", 5),
         ("cheems-320m session creation, s", export.get("open_s"), "<", 15),
         *_flatness(results),
     ]
+
+
+def _mamba2_bars(results: Measured) -> Iterable[tuple[str, float | None, str, float]]:
+    tools = results.get("mamba2", {}).get("tools", {})
+    ours, peer = tools.get(OURS, {}), tools.get(MOBIUS, {})
+    yield "Mamba2-115M decode ÷ mobius", _ratio(ours.get("decode_tok_s"), peer.get("decode_tok_s")), "≥", 1.0
+    yield "Mamba2-115M prefill ÷ mobius", _ratio(ours.get("prefill_tok_s"), peer.get("prefill_tok_s")), "≥", 1.3
+
+
+def _cheems_320m_bars(results: Measured) -> Iterable[tuple[str, float | None, str, float]]:
+    part = results.get("cheems-320m", {})
+    decode = {name: tool.get("decode_tok_s") for name, tool in part.get("tools", {}).items()}
+    ours = decode.get("onnxruntime-cpu")
+    yield "cheems-320m decode ÷ eager", _ratio(ours, decode.get("eager")), "≥", 0.95
+    yield "cheems-320m decode, share of what memory allows, %", _share(ours, _fastest(part)), "≥", 70
+
+
+def _fastest(part: Measured) -> float | None:
+    """Steps a second at which the machine could read the weights, if it did nothing else."""
+    rate = part.get("memory", {}).get("read_gb_s")
+    return rate * 1e3 / part["step_mb"] if rate is not None else None
+
+
+def _share(value: float | None, limit: float | None) -> float | None:
+    ratio = _ratio(value, limit)
+    return None if ratio is None else 100 * ratio
 
 
 def _flatness(results: Measured) -> Iterable[tuple[str, float | None, str, float]]:
@@ -100,14 +129,43 @@ def _agreement(tokens: list[int], reference: list[int]) -> int:
     return next((index for index, (one, other) in enumerate(zip(tokens, reference, strict=False)) if one != other), len(reference))
 
 
-def _cheems(results: Measured) -> str:
-    part = results.get("cheems", {})
-    title = "### cheems-20m, float32\n\n"
+def _mamba2(results: Measured) -> str:
+    part = results.get("mamba2", {})
+    title = "### Mamba2-115M, float32\n\n"
     if "tools" not in part:
         return title + f"not run ({part.get('not_run', 'left out')})"
+    rows = []
+    for name, tool in part["tools"].items():
+        if "not_run" in tool:
+            rows.append((name, str(tool.get("version", "")), f"not run ({tool['not_run'].replace('|', '/')})", *[""] * 3))
+            continue
+        logits = f"{tool['logit_difference']:.5f} of {tool['largest_logit']:.1f}" if "logit_difference" in tool else "not run"
+        keys = ("prefill_tok_s", "decode_tok_s", "rss_mb")
+        rows.append((name, str(tool.get("version", "")), *(_number(tool.get(key)) for key in keys), logits))
+    return title + _table(("", "version", "prefill tok/s", "decode tok/s", "peak MB", "logits off by"), rows)
+
+
+def _cheems(results: Measured) -> str:
+    part = results.get("cheems", {})
+    return "### cheems-20m, float32\n\n" + _runtimes(part)
+
+
+def _cheems_320m(results: Measured) -> str:
+    part = results.get("cheems-320m", {})
+    text = "### cheems-320m, float32\n\n" + _runtimes(part)
+    if (fastest := _fastest(part)) is None:
+        return text
+    rate, size = _number(part["memory"]["read_gb_s"]), _number(part["step_mb"])
+    return f"{text}\n\nMemory is read at {rate} GB/s, a step must read {size} MB of weights: at most {_number(fastest)} steps a second."
+
+
+def _runtimes(part: Measured) -> str:
+    """Our runtimes on one model."""
+    if "tools" not in part:
+        return f"not run ({part.get('not_run', 'left out')})"
     keys = ("prefill_tok_s", "decode_tok_s", "rss_mb")
     rows = [(name, *(tool.get("not_run") or _number(tool.get(key)) for key in keys)) for name, tool in part["tools"].items()]
-    return title + _table(("runtime", "prefill tok/s", "decode tok/s", "peak MB"), rows)
+    return _table(("runtime", "prefill tok/s", "decode tok/s", "peak MB"), rows)
 
 
 def _export(results: Measured) -> str:

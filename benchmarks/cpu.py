@@ -18,13 +18,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from _peers import HERE, PEERS, NotRun, Peer, call, environment, model
+from _peers import HERE, MAMBA2, MAMBA2_PEER, PEERS, NotRun, Peer, call, environment, model
 from _processes import run_json, run_process
 from _report import write_report
 
 ROOT = Path(__file__).parents[1]
 OURS = "wm-graph"
-PARTS = ("smollm2", "cheems", "export", "capacity")
+PARTS = ("smollm2", "mamba2", "cheems", "cheems-320m", "export", "capacity")
 CAPACITIES = (256, 4096, 32768)
 PROMPT = "The capital of France is"
 WM = Path(sysconfig.get_path("scripts")) / "wm"
@@ -94,12 +94,21 @@ def measure_smollm2(options: argparse.Namespace) -> Measured:
     bundle = make_bundle(options, "smollm2", ["import", gguf])
     ids = prompt_ids(bundle / "tokenizer.json", options)
     tools: dict[str, Callable[[], Measured]] = {OURS: lambda: run_ours(bundle, ids, options)}
-    found: Measured = {OURS: {"version": importlib.metadata.version("wm-graph"), "onnxruntime": importlib.metadata.version("onnxruntime")}}
+    found: Measured = {OURS: our_versions()}
     for peer in PEERS:
         found[peer.name] = guarded(lambda peer=peer: {"version": peer_version(options.peers_dir, peer, gguf)})
         if "not_run" not in found[peer.name]:
             tools[peer.name] = lambda peer=peer: run_peer(options.peers_dir, peer, gguf, ids, options)
-    return {"tools": {name: {**found[name], **values} for name, values in {**found, **take_turns(tools, options.repeats)}.items()}}
+    return {"tools": join(found, take_turns(tools, options.repeats))}
+
+
+def our_versions() -> Measured:
+    return {"version": importlib.metadata.version("wm-graph"), "onnxruntime": importlib.metadata.version("onnxruntime")}
+
+
+def join(found: Measured, measured: Measured) -> Measured:
+    """What was found out about each tool and, where it was run, what was measured."""
+    return {name: {**values, **measured.get(name, {})} for name, values in found.items()}
 
 
 def find_gguf() -> Path:
@@ -131,12 +140,20 @@ def run_ours(bundle: Path, ids: Path, options: argparse.Namespace, runtime: str 
     return found
 
 
-def run_peer(cache: Path, peer: Peer, gguf: Path, ids: Path, options: argparse.Namespace) -> Measured:
+def run_peer(cache: Path, peer: Peer, source: Path, ids: Path, options: argparse.Namespace, cold: bool = True) -> Measured:
     """The peer's runner, once for speed and once for its first token."""
-    python, folder, runner = environment(cache, peer.environment), model(cache, peer.model, gguf), HERE / peer.runner
-    found = run_json([python, runner, "speed", folder, *speed_options(ids, options)])
-    cold = run_process([python, runner, "cold", folder, "--prompt", PROMPT, "--threads", options.threads])
-    return found | {"cold_s": cold.first_output_s, "cold_rss_mb": cold.rss_mb, "first": cold.stdout.strip()}
+    command = peer_command(cache, peer, source)
+    found = run_json([*command("speed"), *speed_options(ids, options)])
+    if cold:
+        finished = run_process([*command("cold"), "--prompt", PROMPT, "--threads", options.threads])
+        found |= {"cold_s": finished.first_output_s, "cold_rss_mb": finished.rss_mb, "first": finished.stdout.strip()}
+    return found
+
+
+def peer_command(cache: Path, peer: Peer, source: Path) -> Callable[[str], list[object]]:
+    """The peer's runner as the command that does what it is told by a mode of protocol.py."""
+    python, folder = environment(cache, peer.environment), model(cache, peer.model, source)
+    return lambda mode: [python, HERE / peer.runner, mode, folder]
 
 
 def speed_options(ids: Path, options: argparse.Namespace) -> list[object]:
@@ -144,10 +161,10 @@ def speed_options(ids: Path, options: argparse.Namespace) -> list[object]:
     return ["--ids", ids, "--steps", options.steps, "--threads", options.threads, "--capacity", capacity]
 
 
-def peer_version(cache: Path, peer: Peer, gguf: Path) -> str:
+def peer_version(cache: Path, peer: Peer, source: Path) -> str:
     """Set the peer up and return its version."""
     python = environment(cache, peer.environment)
-    model(cache, peer.model, gguf)
+    model(cache, peer.model, source)
     package = {"transformers": "transformers", "genai": "onnxruntime-genai", "mobius": "mobius-onnx"}[peer.environment]
     return call([python, "-c", f"import importlib.metadata as m; print(m.version('{package}'))"], peer.name).strip()
 
@@ -182,16 +199,73 @@ def summarise(runs: list[Measured]) -> Measured:
     return found
 
 
+# Mamba2 beside mobius
+
+
+def measure_mamba2(options: argparse.Namespace) -> Measured:
+    """One Mamba2 of random weights, a Hugging Face folder, as both tools take it in; their logits are held against transformers'."""
+    cache, peer = options.peers_dir, MAMBA2_PEER
+    source, bundle = model(cache, "mamba2-hf", MAMBA2), options.work / "mamba2-115m.bundle"
+    ids = spread_ids(options, 32000)
+    tools = {
+        OURS: lambda: run_ours(bundle, ids, options, cold=False),
+        peer.name: lambda: run_peer(cache, peer, MAMBA2, ids, options, cold=False),
+    }
+    check = ["--reference", source / "reference.json", "--threads", options.threads]
+
+    def check_ours() -> Measured:
+        make_bundle(options, "mamba2-115m", ["import", source])
+        return our_versions() | run_json([sys.executable, HERE / "run_wm.py", "check", bundle, *check])
+
+    def check_peer() -> Measured:
+        return {"version": peer_version(cache, peer, MAMBA2)} | run_json([*peer_command(cache, peer, MAMBA2)("check"), *check])
+
+    found = {OURS: guarded(check_ours), peer.name: guarded(check_peer)}
+    runnable = {name: run for name, run in tools.items() if "not_run" not in found[name]}
+    return {"tools": join(found, take_turns(runnable, options.repeats))}
+
+
 # Our own models
 
 
 def measure_cheems(options: argparse.Namespace) -> Measured:
     bundle = make_bundle(options, "cheems-20m", ["init", "cheems-20m"])
-    ids = options.work / "cheems-prompt.json"
-    ids.write_text(json.dumps([index * 7919 % 250 + 3 for index in range(options.prompt)]))
+    return {"tools": take_turns(own_runtimes(bundle, spread_ids(options, 253), options), options.repeats)}
+
+
+def measure_cheems_320m(options: argparse.Namespace) -> Measured:
+    """Both runtimes, and in the same turns how fast memory can be read: a step must read every weight at least once."""
+    name = "cheems-320m-speed"  # not the folder that the part `export` removes
+    bundle = make_bundle(options, name, ["init", "cheems-320m"])
+    rate = [sys.executable, Path(__file__).parent / "_read_rate.py", "--threads", options.threads]
+    tools = own_runtimes(bundle, spread_ids(options, 253), options)
+    found = take_turns({**tools, "memory": lambda: run_json(rate)}, options.repeats)
+    step = bytes_per_step(bundle / "model.safetensors")
+    if not options.keep:
+        FRESH.discard(bundle)
+        shutil.rmtree(bundle)
+    return {"memory": found.pop("memory"), "step_mb": step / 1e6, "tools": found}
+
+
+def own_runtimes(bundle: Path, ids: Path, options: argparse.Namespace) -> dict[str, Callable[[], Measured]]:
     runtimes = ("onnxruntime-cpu", "eager")
-    tools = {runtime: lambda runtime=runtime: run_ours(bundle, ids, options, runtime, cold=False) for runtime in runtimes}
-    return {"tools": take_turns(tools, options.repeats)}
+    return {runtime: lambda runtime=runtime: run_ours(bundle, ids, options, runtime, cold=False) for runtime in runtimes}
+
+
+def spread_ids(options: argparse.Namespace, end: int) -> Path:
+    """A file with a prompt for random weights: as many token ids as asked for, spread over 3 to `end` - 1."""
+    file: Path = options.work / f"prompt-{end}.json"
+    file.write_text(json.dumps([index * 7919 % (end - 3) + 3 for index in range(options.prompt)]))
+    return file
+
+
+def bytes_per_step(weights: Path) -> int:
+    """Bytes of weights that one decode step of one row reads: all but the embedding, of which it looks up one row unless it is the head."""
+    with open(weights, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    sizes = {name: item["data_offsets"][1] - item["data_offsets"][0] for name, item in header.items() if name != "__metadata__"}
+    unread = 0 if "head" not in sizes else sizes["embedding"] - sizes["embedding"] // header["embedding"]["shape"][0]
+    return sum(sizes.values()) - unread
 
 
 def measure_export(options: argparse.Namespace) -> Measured:
@@ -268,7 +342,14 @@ def cpu_model() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-MEASURES = {"smollm2": measure_smollm2, "cheems": measure_cheems, "export": measure_export, "capacity": measure_capacity}
+MEASURES = {
+    "smollm2": measure_smollm2,
+    "mamba2": measure_mamba2,
+    "cheems": measure_cheems,
+    "cheems-320m": measure_cheems_320m,
+    "export": measure_export,
+    "capacity": measure_capacity,
+}
 
 if __name__ == "__main__":
     main()

@@ -1,10 +1,13 @@
 """The benchmarks' tables say what was measured and what was not."""
 
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -25,8 +28,9 @@ PROTOCOL = {"repeats": 1, "prompt": 512, "steps": 128, "threads": 2}
 def modules(monkeypatch):
     """Import a benchmark's module by name; they lie outside the packages."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "peers"))
     yield importlib.import_module
-    for name in ("_report", "_peers", "_processes", "cpu"):
+    for name in ("_report", "_peers", "_processes", "cpu", "protocol"):
         sys.modules.pop(name, None)
 
 
@@ -51,6 +55,83 @@ def test_what_was_not_run_says_why(modules):
     assert "| SmolLM2 decode ÷ onnxruntime-genai | not run | ≥ 1 | not run |" in text
     assert "| onnxruntime-genai |  | not run (no such package) |" in text
     assert "### cheems-20m, float32\n\nnot run (left out)" in text
+
+
+def test_mamba2_is_judged_by_mobius(modules):
+    ours = {"version": "1", "prefill_tok_s": 1290.0, "decode_tok_s": 50.0, "logit_difference": 0.00064, "largest_logit": 13.0}
+    peer = {**ours, "prefill_tok_s": 1000.0}
+    results = {"machine": MACHINE, "protocol": PROTOCOL, "mamba2": {"tools": {"wm-graph": ours, "mobius, onnxruntime": peer}}}
+    text = modules("_report").render(results)
+    assert "| Mamba2-115M decode ÷ mobius | 1.00 | ≥ 1 | yes |" in text
+    assert "| Mamba2-115M prefill ÷ mobius | 1.29 | ≥ 1.3 | **no** |" in text
+    assert "| wm-graph | 1 | 1290 | 50.0 | not run | 0.00064 of 13.0 |" in text
+    results["mamba2"]["tools"]["mobius, onnxruntime"] = {"version": "2", "not_run": "mobius build: a | b"}
+    text = modules("_report").render(results)
+    assert "| Mamba2-115M decode ÷ mobius | not run | ≥ 1 | not run |" in text
+    assert "| mobius, onnxruntime | 2 | not run (mobius build: a / b) |" in text
+
+
+def test_decode_is_judged_by_what_memory_allows(modules):
+    tools = {"onnxruntime-cpu": {"decode_tok_s": 15.0}, "eager": {"decode_tok_s": 16.0}}
+    part = {"memory": {"read_gb_s": 24.0}, "step_mb": 1200.0, "tools": tools}
+    text = modules("_report").render({"machine": MACHINE, "protocol": PROTOCOL, "cheems-320m": part})
+    assert "| cheems-320m decode ÷ eager | 0.94 | ≥ 0.95 | **no** |" in text
+    assert "| cheems-320m decode, share of what memory allows, % | 75.0 | ≥ 70 | yes |" in text
+    assert "at most 20.0 steps a second" in text
+    part["memory"] = {"not_run": "no numpy"}
+    text = modules("_report").render({"machine": MACHINE, "protocol": PROTOCOL, "cheems-320m": part})
+    assert "| cheems-320m decode, share of what memory allows, % | not run | ≥ 70 | not run |" in text
+
+
+@pytest.mark.parametrize(("tied", "expected"), [(True, 4 * (10 * 3 + 7)), (False, 4 * (3 + 10 * 3 + 7))])
+def test_a_step_reads_one_row_of_an_embedding_that_is_not_the_head(modules, tmp_path, tied, expected):
+    from safetensors.numpy import save_file
+
+    tensors = {"embedding": np.zeros((10, 3), np.float32), "norm": np.zeros(7, np.float32)}
+    if not tied:
+        tensors["head"] = np.zeros((10, 3), np.float32)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert modules("cpu").bytes_per_step(tmp_path / "model.safetensors") == expected
+
+
+def test_memory_is_read_at_some_rate(modules):
+    script = [sys.executable, BENCHMARKS / "_read_rate.py", "--megabytes", 8, "--tries", 1]
+    assert 0.1 < modules("_processes").run_json(script)["read_gb_s"] < 10_000
+
+
+def test_logits_are_checked_after_the_prompt_and_every_token(modules, tmp_path):
+    rows = {1: [1.0, -4.0], 2: [0.0, 0.5], 3: [2.0, 2.0]}
+    file = tmp_path / "reference.json"
+    file.write_text(json.dumps({"ids": [5, 1], "tokens": [2, 3], "logits": list(rows.values())}))
+
+    def check(found):
+        runner = SimpleNamespace(logits=None)
+
+        def step(token):
+            runner.logits = np.array(found[token])
+
+        runner.step, runner.prefill = step, lambda ids: step(ids[-1])
+        return modules("protocol").check(runner, file)
+
+    assert check(rows) == {"logit_difference": 0, "largest_logit": 4}
+    assert check({**rows, 3: [2.0, 2.25]})["logit_difference"] == 0.25
+    assert check({**rows, 1: [1.0, -3.0]})["logit_difference"] == 1
+    assert check({**rows, 2: [float("nan"), 0.5]})["logit_difference"] == float("inf")
+
+
+def test_model_is_made_anew_when_its_script_changes(modules, tmp_path, monkeypatch):
+    peers, made = modules("_peers"), []
+
+    def make(cache, folder, source):
+        folder.mkdir()
+        made.append(source.read_text())
+
+    monkeypatch.setitem(peers._MAKERS, "x", make)
+    script = tmp_path / "make.py"
+    for text in ("seed = 0", "seed = 0", "seed = 1"):
+        script.write_text(text)
+        peers.model(tmp_path / "cache", "x", script)
+    assert made == ["seed = 0", "seed = 1"]
 
 
 def test_report_replaces_only_its_part(modules, tmp_path):
