@@ -24,17 +24,17 @@ SIZES = {
 
 def make_llama(seed=0, dtype=torch.float32, **options):
     torch.manual_seed(seed)
-    return _randomised(LlamaForCausalLM(LlamaConfig(**(SIZES | options)))).to(dtype)
+    return randomised(LlamaForCausalLM(LlamaConfig(**(SIZES | options)))).to(dtype)
 
 
 def make_doge(seed=0, dtype=torch.float32, **options):
     torch.manual_seed(seed)
     config = DogeConfig(**(SIZES | {"keep_window_size": 12} | options))
     config._attn_implementation = "eager"  # sdpa of Doge is not causal in transformers 5.17
-    return _randomised(DogeForCausalLM(config)).to(dtype)
+    return randomised(DogeForCausalLM(config)).to(dtype)
 
 
-def _randomised(model):
+def randomised(model):
     """Norms and residual scales off 1 and A off 0, so that mixing two of them up shows, and no scores tie."""
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,6 +1,6 @@
 """Importers: models in other formats, brought into the layout of wm-graph checkpoints.
 
-`import_source` reads a GGUF file of the Llama family or a Hugging Face folder of Llama or dense Doge; `write_imported` makes a
+`import_source` reads a GGUF file of the Llama family or a Hugging Face folder of an architecture in `families`; `write_imported` makes a
 checkpoint of it.
 """
 

@@ -2,31 +2,37 @@
 
 from wm_graph.config import ModelConfig
 from wm_graph.importers import llama
+from wm_graph.importers.family import Family, Same, Values
 from wm_graph.importers.fields import Fields
-
-HUGGING_FACE_NAMES = llama.HUGGING_FACE_NAMES | {
-    "layers.#.mixer.dt": ("model.layers.#.self_attn.dt_proj.weight",),
-    "layers.#.mixer.A": ("model.layers.#.self_attn.A",),
-    "layers.#.mixer.q_norm": ("model.layers.#.self_attn.q_norm.weight",),
-    "layers.#.mixer.k_norm": ("model.layers.#.self_attn.k_norm.weight",),
-    "layers.#.mixer_residual": ("model.layers.#.input_residual",),
-    "layers.#.feed_forward_residual": ("model.layers.#.post_attention_residual",),
-}
+from wm_graph.importers.rope import write_rope
 
 
-def hugging_face_config(fields: Fields, name: str) -> ModelConfig:
-    """The configuration in a Hugging Face config.json of Doge.
+def _read(fields: Fields, values: Values) -> Values:
+    return {**llama.read_layers(fields, values, "dynamic_mask_attention"), "qk_norm": True, "learned_residual": True}
 
-    Raises:
-        CheckpointError: a field is missing, of the wrong type, or asks for something that wm-graph does not have, such as `is_moe`.
-    """
-    fields.require("is_moe", False)
-    fields.require("sliding_window", None)
-    return llama.hugging_face_config(
-        fields,
-        name,
-        mixer="dynamic_mask_attention",
-        keep_window=fields.integer("keep_window_size", 2048),
-        qk_norm=True,
-        learned_residual=True,
-    )
+
+def _write(cfg: ModelConfig) -> Values:
+    return write_rope(cfg)
+
+
+HUGGING_FACE = Family(
+    kind="doge",
+    architecture="DogeForCausalLM",
+    tensors={
+        **llama.HUGGING_FACE.tensors,
+        "layers.#.mixer.dt": ("model.layers.#.self_attn.dt_proj.weight",),
+        "layers.#.mixer.A": ("model.layers.#.self_attn.A",),
+        "layers.#.mixer.q_norm": ("model.layers.#.self_attn.q_norm.weight",),
+        "layers.#.mixer.k_norm": ("model.layers.#.self_attn.k_norm.weight",),
+        "layers.#.mixer_residual": ("model.layers.#.input_residual",),
+        "layers.#.feed_forward_residual": ("model.layers.#.post_attention_residual",),
+    },
+    same=(
+        *(same for same in llama.HUGGING_FACE.same if same.name != "attention_bias"),
+        Same("keep_window_size", "keep_window", 2048),
+    ),
+    # A bias of attention would be one of dt_proj too, which wm-graph does not have.
+    fixed={"hidden_act": "silu", "is_moe": False, "sliding_window": None, "attention_bias": False},
+    read=_read,
+    write=_write,
+)

@@ -4,7 +4,7 @@ from typing import Any
 
 from wm_graph.errors import CheckpointError
 
-_MISSING: Any = object()
+REQUIRED: Any = object()  # the default of an entry that must be there
 
 
 class Fields:
@@ -19,7 +19,7 @@ class Fields:
         self.label = label
         self.values = values
 
-    def integer(self, key: str, default: Any = _MISSING) -> int:
+    def integer(self, key: str, default: Any = REQUIRED) -> int:
         """The whole number under `key`; a missing or null entry gives `default`.
 
         Raises:
@@ -27,15 +27,15 @@ class Fields:
         """
         return int(self._typed(key, (int,), "a whole number", default))
 
-    def number(self, key: str, default: Any = _MISSING) -> float:
+    def number(self, key: str, default: Any = REQUIRED) -> float:
         """The number under `key`; see `integer`."""
         return float(self._typed(key, (int, float), "a number", default))
 
-    def flag(self, key: str, default: Any = _MISSING) -> bool:
+    def flag(self, key: str, default: Any = REQUIRED) -> bool:
         """The true or false under `key`; see `integer`."""
         return bool(self._typed(key, (bool,), "true or false", default))
 
-    def text(self, key: str, default: Any = _MISSING) -> str:
+    def text(self, key: str, default: Any = REQUIRED) -> str:
         """The text under `key`; see `integer`."""
         return str(self._typed(key, (str,), "text", default))
 
@@ -75,7 +75,7 @@ class Fields:
     def _typed(self, key: str, types: tuple[type, ...], kind: str, default: Any) -> Any:
         value = self.values.get(key)
         if value is None:
-            if default is _MISSING:
+            if default is REQUIRED:
                 raise CheckpointError(f"{self.label}: {key!r} is missing; expected {kind}")
             return default
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
@@ -83,7 +83,7 @@ class Fields:
         return value
 
     def _list(self, key: str, types: tuple[type, ...], kind: str) -> list[Any]:
-        value = self._typed(key, (list,), kind, _MISSING)
+        value = self._typed(key, (list,), kind, REQUIRED)
         if wrong := [item for item in value if not isinstance(item, types)]:
             raise CheckpointError(f"{self.label}: {key!r} holds {clip(wrong[0])}; expected {kind}")
         return list(value)

@@ -1,6 +1,5 @@
 """Hugging Face folders: config.json, safetensors (whole or sharded), tokenizer.json and the files around it."""
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,13 @@ from torch import Tensor
 from wm_graph.checkpoints import load_tensors, read_json
 from wm_graph.config import ModelConfig
 from wm_graph.errors import CheckpointError
-from wm_graph.importers import doge, llama
+from wm_graph.importers.families import FAMILIES
+from wm_graph.importers.family import family_layout, read_config
 from wm_graph.importers.fields import Fields, clip
 from wm_graph.importers.generation import make_generation
 from wm_graph.importers.imported import Imported
-from wm_graph.importers.layout import Progress, assemble, check_layer_count, make_layout
+from wm_graph.importers.layout import Progress, assemble, check_layer_count
 from wm_graph.shapes import Shape
-
-_FAMILIES: dict[str, tuple[Callable[[Fields, str], ModelConfig], Mapping[str, tuple[str, ...]]]] = {
-    "llama": (llama.hugging_face_config, llama.HUGGING_FACE_NAMES),
-    "doge": (doge.hugging_face_config, doge.HUGGING_FACE_NAMES),
-}
 
 
 class FolderTensors:
@@ -44,37 +39,36 @@ class FolderTensors:
         """One tensor, memory-mapped."""
         return self._tensors[name]
 
-    def drop_tied_head(self) -> None:
+    def drop_tied_head(self, head: str, embedding: str) -> None:
         """Forget a stored head that equals the embedding it is tied to.
 
         Raises:
             CheckpointError: it differs.
         """
-        head, embedding = (self._tensors.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
-        if head is None or embedding is None:
+        if head not in self._tensors or embedding not in self._tensors:
             return
-        if not torch.equal(head, embedding):
-            raise CheckpointError(f"{self.label}: tie_word_embeddings is true, but tensor 'lm_head.weight' differs from the embedding")
-        del self._tensors["lm_head.weight"]
+        if not torch.equal(self._tensors[head], self._tensors[embedding]):
+            raise CheckpointError(f"{self.label}: tie_word_embeddings is true, but tensor {head!r} differs from the embedding")
+        del self._tensors[head]
 
 
 def import_hf_folder(folder: Path, progress: Progress | None = None, dtype: torch.dtype | None = None) -> Imported:
-    """Read a Hugging Face folder of Llama or dense Doge; arguments and errors as `import_source`."""
+    """Read a Hugging Face folder of an architecture in `FAMILIES`; arguments and errors as `import_source`."""
     fields = Fields(str(folder / "config.json"), read_json(folder / "config.json"))
     if "model_type" not in fields.values and "layers" in fields.values:
         raise CheckpointError(f"{folder}: is a checkpoint of wm-graph already; no import is needed")
     kind = fields.text("model_type")
-    if kind not in _FAMILIES:
-        raise fields.unsupported("model_type", "'llama' or 'doge'")
-    read_config, names = _FAMILIES[kind]
+    if kind not in FAMILIES:
+        raise fields.unsupported("model_type", f"one of {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
     source = FolderTensors(folder)
     check_layer_count(source, "num_hidden_layers", fields.integer("num_hidden_layers"))
-    cfg = read_config(fields, folder.resolve().name or "imported")
+    cfg = read_config(family, fields, folder.resolve().name or "imported")
     if cfg.tie_embeddings:
-        source.drop_tied_head()
+        source.drop_tied_head(*family.tensors["head"], *family.tensors["embedding"])
     tokenizer_json, tokenizer = _read_tokenizer(folder, cfg)
     generation = _read_generation(folder, cfg, fields, tokenizer)
-    return Imported(cfg, assemble(source, make_layout(cfg, names), dtype, progress), tokenizer_json, generation)
+    return Imported(cfg, assemble(source, family_layout(family, cfg, source.shapes), dtype, progress), tokenizer_json, generation)
 
 
 def _read_tokenizer(folder: Path, cfg: ModelConfig) -> tuple[str | None, Tokenizer | None]:

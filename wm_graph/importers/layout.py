@@ -1,9 +1,10 @@
 """Which tensors of a source make each parameter, and the checked, tensor by tensor copy.
 
-A layout names, for every flat parameter, the source tensors stacked along its rows. Sizes follow from ModelConfig alone, so a
-source that does not fit is refused before anything is read.
+A layout names, for every flat parameter, the source tensors that follow each other in its memory: mostly blocks of its rows. Sizes follow
+from ModelConfig alone, so a source that does not fit is refused before anything is read, and a model is taken apart as it was put together.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True)
 class Piece:
-    """One source tensor, as a block of rows of a parameter.
+    """One source tensor, as a block of a parameter's memory.
 
     Attributes:
         name: its name in the source.
@@ -54,7 +55,15 @@ class Piece:
     interleaved_heads: int = 0
 
 
-Layout = dict[str, tuple[Piece, ...]]
+@dataclass(frozen=True)
+class Parts:
+    """A parameter's shape, and the pieces that follow each other in its memory."""
+
+    shape: Shape
+    pieces: tuple[Piece, ...]
+
+
+Layout = dict[str, Parts]
 
 
 def make_layout(cfg: ModelConfig, names: Mapping[str, tuple[str, ...]], interleaved: bool = False) -> Layout:
@@ -62,23 +71,33 @@ def make_layout(cfg: ModelConfig, names: Mapping[str, tuple[str, ...]], interlea
 
     Args:
         cfg: sizes and options.
-        names: parameter name with `#` for the layer -> source names with `#` for the layer, in row order.
+        names: parameter name with `#` for the layer -> source names, in the order of the parameter's memory, with `#` for the layer and `*`
+            for the expert; those with `*` are repeated for every expert.
         interleaved: queries and keys are stored for interleaved rotary embeddings.
     """
-    width, kv_width = cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim
-    rows = {"layers.#.mixer.qkv": (width, kv_width, kv_width), "layers.#.feed_forward.gate_up": (cfg.d_ff, cfg.d_ff)}
-    heads = {"layers.#.mixer.qkv": (cfg.n_head, cfg.n_kv_head, 0)} if interleaved else {}
+    heads = (cfg.n_head, cfg.n_kv_head, 0) if interleaved else (0, 0, 0)
     layout: Layout = {}
-    for flat, shape in parameter_shapes(cfg).items():
+    for flat, whole in parameter_shapes(cfg).items():
         found = re.search(r"\d+", flat)
         index = found.group() if found else ""
-        key = flat.replace(index, "#", 1) if found else flat
-        sources = names[key]
-        layout[flat] = tuple(
-            Piece(source.replace("#", index), (count, *shape[1:]), head)
-            for source, count, head in zip(sources, rows.get(key, shape[:1]), heads.get(key, (0,) * len(sources)), strict=True)
-        )
+        sources = [name.replace("#", index) for name in names[flat.replace(index, "#", 1) if found else flat]]
+        leaf = flat.rsplit(".", 1)[-1]
+        shape = (whole[0], 1, whole[1]) if leaf == "conv_weight" else whole  # torch's: one input channel for each output channel
+        if any("*" in source for source in sources):
+            sources, shape = [source.replace("*", str(expert)) for expert in range(shape[0]) for source in sources], shape[1:]
+        rows = _rows(cfg, leaf, len(sources)) or shape[:1] * len(sources)
+        turned = heads if leaf == "qkv" else (0,) * len(sources)
+        pieces = (Piece(source, (count, *shape[1:]), head) for source, count, head in zip(sources, rows, turned, strict=True))
+        layout[flat] = Parts(whole, tuple(pieces))
     return layout
+
+
+def _rows(cfg: ModelConfig, leaf: str, pieces: int) -> tuple[int, ...]:
+    """Rows of each piece of a parameter of several siblings; () for others."""
+    if leaf in ("qkv", "qkv_bias"):
+        return tuple(heads * cfg.head_dim for heads in (cfg.n_head, cfg.n_kv_head, cfg.n_kv_head))
+    gated = leaf in ("gate_up", "gate_up_bias") or (leaf == "expert_in" and pieces > 1)
+    return (cfg.d_ff,) * pieces if gated else ()
 
 
 def check_layer_count(source: TensorSource, key: str, count: int) -> None:
@@ -110,24 +129,32 @@ def assemble(source: TensorSource, layout: Layout, dtype: torch.dtype | None = N
     _check(source, layout)
     common = dtype or _common_dtype(source, layout)
     tensors: dict[str, Tensor] = {}
-    for done, (flat, pieces) in enumerate(layout.items(), start=1):
-        tensors[flat] = _read_parameter(source, pieces, torch.float32 if is_float32_always(flat) else common)
+    for done, (flat, parts) in enumerate(layout.items(), start=1):
+        tensors[flat] = _read_parameter(source, parts, torch.float32 if is_float32_always(flat) else common)
         if progress is not None:
             progress(flat, done, len(layout))
     return tensors
 
 
-def _read_parameter(source: TensorSource, pieces: tuple[Piece, ...], dtype: torch.dtype) -> Tensor:
-    out = torch.empty((sum(piece.shape[0] for piece in pieces), *pieces[0].shape[1:]), dtype=dtype)
-    start = 0
-    for piece in pieces:
-        rows = out[start : start + piece.shape[0]]
+def _read_parameter(source: TensorSource, parts: Parts, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(parts.shape, dtype=dtype)
+    for piece, memory in _split(out, parts):
         values = source.read(piece.name)
-        rows.copy_(half_split(values, piece.interleaved_heads) if piece.interleaved_heads else values)
-        if not torch.stack(torch.aminmax(rows)).isfinite().all():  # one pass, no temporary of the tensor's size
+        memory.copy_(half_split(values, piece.interleaved_heads) if piece.interleaved_heads else values)
+        if not torch.stack(torch.aminmax(memory)).isfinite().all():  # one pass, no temporary of the tensor's size
             raise CheckpointError(f"{source.label}: tensor {piece.name!r} holds NaN or infinity as {str(dtype).removeprefix('torch.')}")
-        start += piece.shape[0]
     return out
+
+
+def _split(parameter: Tensor, parts: Parts) -> list[tuple[Piece, Tensor]]:
+    """Every piece with a view, in its shape, of its place in a contiguous parameter."""
+    blocks = parameter.view(-1).split([math.prod(piece.shape) for piece in parts.pieces])
+    return [(piece, block.view(piece.shape)) for piece, block in zip(parts.pieces, blocks, strict=True)]
+
+
+def take_apart(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """The inverse of `assemble`, for layouts that are not interleaved: source name -> a view of its parameter."""
+    return {piece.name: view for flat, parts in layout.items() for piece, view in _split(tensors[flat].contiguous(), parts)}
 
 
 def half_split(rows: Tensor, heads: int) -> Tensor:
@@ -136,7 +163,7 @@ def half_split(rows: Tensor, heads: int) -> Tensor:
 
 
 def _check(source: TensorSource, layout: Layout) -> None:
-    pieces = [piece for group in layout.values() for piece in group]
+    pieces = [piece for parts in layout.values() for piece in parts.pieces]
     if missing := [piece for piece in pieces if piece.name not in source.shapes]:
         raise CheckpointError(
             f"{source.label}: tensor {missing[0].name!r} is missing ({len(missing)} in all); expected shape {list(missing[0].shape)}"
@@ -158,11 +185,11 @@ def _check(source: TensorSource, layout: Layout) -> None:
 
 def _common_dtype(source: TensorSource, layout: Layout) -> torch.dtype:
     """The one type of a uniform source; else the matrices' type where it holds the vectors exactly (GGUF widens vectors); else float32."""
-    pieces = [piece for group in layout.values() for piece in group]
+    pieces = [piece for flat, parts in layout.items() for piece in parts.pieces if not is_float32_always(flat)]
     matrix_dtypes = {source.dtype(piece.name) for piece in pieces if len(piece.shape) > 1}
     if len(matrix_dtypes) > 1:
         return torch.float32
     dtype = matrix_dtypes.pop()
-    vectors = [piece.name for flat, group in layout.items() for piece in group if len(piece.shape) == 1 and not is_float32_always(flat)]
+    vectors = [piece.name for piece in pieces if len(piece.shape) == 1]
     values = (source.read(name) for name in vectors if source.dtype(name) != dtype)
     return dtype if all(torch.equal(value, value.to(dtype).to(value.dtype)) for value in values) else torch.float32

@@ -1,24 +1,33 @@
 """Llama: tensor names of Hugging Face folders and of GGUF files, and their configurations."""
 
-from typing import Any
-
 import numpy as np
 
 from wm_graph.config import ModelConfig
-from wm_graph.errors import CheckpointError, ConfigError
-from wm_graph.importers.fields import Fields, clip
+from wm_graph.importers.family import Family, Same, Values, build_config
+from wm_graph.importers.fields import Fields
+from wm_graph.importers.rope import read_gguf_scaling, read_rope, write_rope
 
-HUGGING_FACE_NAMES = {
-    "embedding": ("model.embed_tokens.weight",),
-    "layers.#.mixer_norm": ("model.layers.#.input_layernorm.weight",),
-    "layers.#.mixer.qkv": tuple(f"model.layers.#.self_attn.{part}_proj.weight" for part in "qkv"),
-    "layers.#.mixer.out": ("model.layers.#.self_attn.o_proj.weight",),
-    "layers.#.feed_forward_norm": ("model.layers.#.post_attention_layernorm.weight",),
-    "layers.#.feed_forward.gate_up": ("model.layers.#.mlp.gate_proj.weight", "model.layers.#.mlp.up_proj.weight"),
-    "layers.#.feed_forward.down": ("model.layers.#.mlp.down_proj.weight",),
-    "norm": ("model.norm.weight",),
-    "head": ("lm_head.weight",),
+# Shared by the architectures that descend from Llama.
+ATTENTION_TENSORS = {
+    f"layers.#.mixer.{name}{ours}": tuple(f"model.layers.#.self_attn.{part}_proj.{theirs}" for part in parts)
+    for name, parts in (("qkv", "qkv"), ("out", "o"))
+    for ours, theirs in (("", "weight"), ("_bias", "bias"))
 }
+ATTENTION_SIZES = (
+    Same("num_attention_heads", "n_head"),
+    Same("num_key_value_heads", "n_kv_head", lambda values: values["n_head"]),
+    Same("head_dim", "head_dim", lambda values: values["d_model"] // max(values["n_head"], 1)),
+)
+
+
+def gated_mlp_tensors(module: str) -> dict[str, tuple[str, ...]]:
+    """The tensors of a gated MLP called `module`."""
+    return {
+        f"layers.#.feed_forward.{name}{ours}": tuple(f"model.layers.#.{module}.{part}_proj.{theirs}" for part in parts)
+        for name, parts in (("gate_up", ("gate", "up")), ("down", ("down",)))
+        for ours, theirs in (("", "weight"), ("_bias", "bias"))
+    }
+
 
 GGUF_NAMES = {
     "embedding": ("token_embd.weight",),
@@ -47,58 +56,24 @@ _GGUF_KEYS = {
     "feed_forward_length",
     "rope.dimension_count",
     "rope.freq_base",
+    "rope.scale_linear",
+    "rope.scaling.factor",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
     "rope.scaling.type",
     "tensor_data_layout",
     "vocab_size",
 }
 
 
-def hugging_face_config(fields: Fields, name: str, mixer: str = "attention", **extra: Any) -> ModelConfig:
-    """The configuration in a Hugging Face config.json of Llama; Doge adds its own fields through `mixer` and `extra`.
+def read_layers(fields: Fields, values: Values, mixer: str) -> Values:
+    """`layers` and the fields about positions of a model whose layers are all alike.
 
     Raises:
         CheckpointError: a field is missing, of the wrong type, or asks for something that wm-graph does not have.
     """
-    fields.require("hidden_act", "silu")
-    fields.require("attention_bias", False)
-    fields.require("mlp_bias", False)
-    fields.require("quantization_config", None)
-    heads = fields.integer("num_attention_heads")
-    width = fields.integer("hidden_size")
-    return build_config(
-        fields.label,
-        name=name,
-        vocab_size=fields.integer("vocab_size"),
-        d_model=width,
-        d_ff=fields.integer("intermediate_size"),
-        layers=((mixer, "mlp"),) * fields.integer("num_hidden_layers"),
-        n_head=heads,
-        n_kv_head=fields.integer("num_key_value_heads", heads),
-        head_dim=fields.integer("head_dim", width // max(heads, 1)),
-        tie_embeddings=fields.flag("tie_word_embeddings", False),
-        rope_theta=_hugging_face_theta(fields),
-        norm_eps=fields.number("rms_norm_eps", 1e-6),
-        **extra,
-    )
-
-
-def _hugging_face_theta(fields: Fields) -> float:
-    """Base of the rotary frequencies, from `rope_theta` or, since transformers 5, from `rope_parameters`."""
-    theta = fields.number("rope_theta", 10000.0)
-    fields.require("partial_rotary_factor", 1.0)
-    for key in ("rope_scaling", "rope_parameters"):
-        values = fields.values.get(key)
-        if values is None:
-            continue
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{fields.label}: {key!r} is {clip(values)}; expected an object")
-        kind = values.get("rope_type", values.get("type", "default"))
-        if kind not in ("default", "none"):
-            raise fields.unsupported(key, "no scaling (null, or the type 'default')")
-        nested = Fields(f"{fields.label}: {key}", values)
-        nested.require("partial_rotary_factor", 1.0)
-        theta = nested.number("rope_theta", theta)
-    return theta
+    layers = ((mixer, "mlp"),) * fields.integer("num_hidden_layers")
+    return {"layers": layers, **read_rope(fields)}
 
 
 def gguf_config(fields: Fields, name: str, vocab_size: int, tied: bool) -> ModelConfig:
@@ -134,12 +109,12 @@ def gguf_config(fields: Fields, name: str, vocab_size: int, tied: bool) -> Model
         tie_embeddings=tied,
         rope_theta=fields.number("llama.rope.freq_base", 10000.0),
         norm_eps=epsilon,
+        **read_gguf_scaling(fields, "llama.rope."),
     )
 
 
 def _check_gguf_keys(fields: Fields, vocab_size: int) -> None:
     unknown = [key for key in fields.values if key.startswith("llama.") and key.removeprefix("llama.") not in _GGUF_KEYS]
-    fields.require("llama.rope.scaling.type", "none")
     fields.require("llama.expert_count", 0)
     fields.require("llama.expert_used_count", 0)
     fields.require("llama.vocab_size", vocab_size)
@@ -147,13 +122,29 @@ def _check_gguf_keys(fields: Fields, vocab_size: int) -> None:
         raise fields.unsupported(unknown[0], "no such key")
 
 
-def build_config(label: str, **values: Any) -> ModelConfig:
-    """A ModelConfig whose complaints name the imported file.
-
-    Raises:
-        CheckpointError: the values do not make a model.
-    """
-    try:
-        return ModelConfig(**values)
-    except ConfigError as error:
-        raise CheckpointError(f"{label}: {error}") from error
+HUGGING_FACE = Family(
+    kind="llama",
+    architecture="LlamaForCausalLM",
+    tensors={
+        "embedding": ("model.embed_tokens.weight",),
+        "layers.#.mixer_norm": ("model.layers.#.input_layernorm.weight",),
+        **ATTENTION_TENSORS,
+        "layers.#.feed_forward_norm": ("model.layers.#.post_attention_layernorm.weight",),
+        **gated_mlp_tensors("mlp"),
+        "norm": ("model.norm.weight",),
+        "head": ("lm_head.weight",),
+    },
+    same=(
+        Same("vocab_size", "vocab_size"),
+        Same("hidden_size", "d_model"),
+        Same("intermediate_size", "d_ff"),
+        *ATTENTION_SIZES,
+        Same("attention_bias", "attention_bias", False),
+        Same("mlp_bias", "mlp_bias", False),
+        Same("rms_norm_eps", "norm_eps", 1e-6),
+        Same("tie_word_embeddings", "tie_embeddings", False),
+    ),
+    fixed={"hidden_act": "silu"},
+    read=lambda fields, values: read_layers(fields, values, "attention"),
+    write=write_rope,
+)

@@ -17,7 +17,7 @@ def import_source(source: str | Path, progress: Progress | None = None, dtype: t
     """Read a model in another format.
 
     Args:
-        source: a `.gguf` file or a folder with exactly one (Llama family), or a Hugging Face folder (Llama, dense Doge) with
+        source: a `.gguf` file or a folder with exactly one (Llama family), or a Hugging Face folder (see `families`) with
             config.json and safetensors, whole or sharded.
         progress: called as `progress(parameter, done, total)` after each parameter.
         dtype: float32, float16 or bfloat16; None keeps the source's own, and makes float32 of quantised and of mixed weights.
