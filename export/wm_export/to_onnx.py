@@ -14,12 +14,13 @@ import onnxscript.optimizer
 import torch
 from onnx_ir import passes
 from onnx_ir.passes import common as passes_common
+from onnxscript import opset23
 
+from wm_export.onnxruntime_graph import tune_for_onnxruntime
 from wm_export.program import Program
 from wm_graph.errors import ExportError
 from wm_graph.quiet import quiet_libraries
 from wm_graph.taps import OP_OUTPUTS, TapNames
-from wm_kernels.onnx_body import MICROSOFT
 from wm_kernels.onnx_functions import OPSET, TRANSLATIONS, bodies
 
 Flavour = Literal["portable", "ort"]
@@ -74,15 +75,15 @@ def onnx_from_program(program: Program, weights: Path, weights_name: str) -> dic
         proto.functions.extend(functions)
         _declare_opsets(proto, functions)
         if flavour == "ort":
-            _join_sums_with_norms(proto)
-            _map_tied_head_apart(proto)
+            tune_for_onnxruntime(proto)
         protos[flavour] = proto
     return protos
 
 
 def _translate(program: Program) -> ir.Model:
     """torch's exporter with our translations; everything it prints or warns about its own internals is kept quiet."""
-    table = {getattr(torch.ops.wm, name.removeprefix("wm::")).default: function for name, function in TRANSLATIONS.items()}
+    table: dict[Any, Any] = {getattr(torch.ops.wm, name.removeprefix("wm::")).default: function for name, function in TRANSLATIONS.items()}
+    table[torch.ops.aten.softplus.default] = _softplus
     with quiet_libraries():
         onnx_program = torch.onnx.export(
             program.exported, (), dynamo=True, opset_version=OPSET, custom_translation_table=table, verbose=False, optimize=False
@@ -93,6 +94,13 @@ def _translate(program: Program) -> ir.Model:
         written = model.opset_imports.get("")
         raise ExportError(f"ONNX export: asked for opset {OPSET}, the exporter wrote {written}; use the pinned torch and onnxscript")
     return model
+
+
+def _softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
+    """x above the threshold, where runtimes may overflow; the exporter's own translation multiplies and divides by beta, which is 1 here."""
+    if beta != 1.0:
+        raise ExportError(f"ONNX export: softplus with beta {beta}, expected 1")
+    return opset23.Where(opset23.Greater(x, opset23.CastLike(opset23.Constant(value_float=threshold), x)), x, opset23.Softplus(x))
 
 
 def _fold_shapes(model: ir.Model) -> None:
@@ -194,47 +202,6 @@ def _strip(model: ir.Model) -> None:
             value.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
-
-
-def _join_sums_with_norms(proto: onnx.ModelProto) -> None:
-    """Make one SkipSimplifiedLayerNormalization of a residual sum and the norm that reads it: onnxruntime does not do so by itself.
-
-    The kernel is float32's; sums that are an output, or that add a parameter, stay as they are.
-    """
-    graph = proto.graph
-    constants = {item.name for item in graph.initializer}
-    fixed = {item.name for item in graph.output} | constants
-    sums = {node.output[0]: node for node in graph.node if node.op_type == "Add" and not fixed & {*node.input, *node.output}}
-    for norm in [node for node in graph.node if node.op_type == "RMSNormalization" and node.input[0] in sums]:
-        weight = next((item for item in graph.initializer if item.name == norm.input[1]), None)
-        if weight is None or weight.data_type != onnx.TensorProto.FLOAT:
-            continue
-        total = sums.pop(norm.input[0])
-        (epsilon,) = (item.f for item in norm.attribute if item.name == "epsilon")
-        outputs = [norm.output[0], "", "", total.output[0]]
-        inputs = [*total.input, norm.input[1]]
-        joined = onnx.helper.make_node(
-            "SkipSimplifiedLayerNormalization", inputs, outputs, name=norm.name, domain=MICROSOFT, epsilon=epsilon
-        )
-        graph.node.remove(norm)
-        total.CopyFrom(joined)
-
-
-def _map_tied_head_apart(proto: onnx.ModelProto) -> None:
-    """Give a tied head an initializer of its own over the embedding's bytes in the weights file.
-
-    onnxruntime packs the weights of matrix products into private copies and then lets go of its mapping of the file. An embedding it must
-    keep for the look-ups; with a mapping of its own for the head, of the embedding's only the rows that are looked up become resident.
-    """
-    graph = proto.graph
-    looked_up = {node.input[0] for node in graph.node if node.op_type == "Gather"}
-    for node in graph.node:
-        if node.op_type == "Gemm" and node.input[1] in looked_up:
-            head = onnx.TensorProto()
-            head.CopyFrom(next(item for item in graph.initializer if item.name == node.input[1]))
-            head.name = "head"
-            graph.initializer.append(head)
-            node.input[1] = "head"
 
 
 def _declare_opsets(proto: onnx.ModelProto, functions: list[onnx.FunctionProto]) -> None:

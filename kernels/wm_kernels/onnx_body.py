@@ -24,6 +24,7 @@ FLOAT = int(TensorProto.FLOAT)
 FLOAT16 = int(TensorProto.FLOAT16)
 INT32 = int(TensorProto.INT32)
 INT64 = int(TensorProto.INT64)
+BOOL = int(TensorProto.BOOL)
 
 Flavour = Literal["portable", "ort"]
 

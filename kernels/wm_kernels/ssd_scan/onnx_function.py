@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from wm_kernels.onnx_body import FLOAT, Body, Flavour, Value, single
+from wm_kernels.onnx_body import BOOL, FLOAT, Body, Flavour, Value, single
 from wm_kernels.onnx_schema import FLOAT32, FLOAT_T, INT64, size, wm_op
 
 OP_TYPE = "WmSsdScan"
@@ -63,18 +63,24 @@ def scan(
     g: Body, one: dict[str, Any], x: Value, dt: Value, A_H: Value, B: Value, C: Value, state: Value, valid_B: Value
 ) -> tuple[Value, Value]:
     """The recurrence on float32 values, also used by WmSsdScanRope."""
-    T = g.dim(x, 1)
-    exists_BT1 = g.unsqueeze(g.unsqueeze(g.arange(T), 0) < g.unsqueeze(valid_B, 1), 2)
-    dt_BTH = g.Where(exists_BT1, dt, 0.0)
     if not g.ort:
-        return _chunks(g, one, x, dt_BTH, A_H, B, C, state)
+        return _chunks(g, one, x, _masked(g, dt, valid_B), A_H, B, C, state)
+    # Free of constants, so that onnxruntime makes this once for all layers: it merges equal nodes only where they have the same inputs.
+    one_1 = g.Shape(g.ReduceMax(valid_B, keepdims=1))
+    exists_B11 = g.Unsqueeze(g.Cast(valid_B, to=BOOL), g.Concat(one_1, one_1 + one_1, axis=0))
     y, after = g.branch(
-        g.Equal(g.Squeeze(T, [0]), 1),
+        g.Equal(g.dim(x, 1), one_1),
         (FLOAT, FLOAT),
-        lambda: _step(g, one, x, dt_BTH, A_H, B, C, state),
-        lambda: _linear_attention(g, one, x, dt_BTH, A_H, B, C, state),
+        lambda: _step(g, one, x, g.Where(exists_B11, dt, 0.0), A_H, B, C, state),
+        lambda: _linear_attention(g, one, x, _masked(g, dt, valid_B), A_H, B, C, state),
     )
     return y, after
+
+
+def _masked(g: Body, dt: Value, valid_B: Value) -> Value:
+    """dt_BTH, 0 for tokens that do not count."""
+    exists_BT = g.unsqueeze(g.arange(g.dim(dt, 1)), 0) < g.unsqueeze(valid_B, 1)
+    return g.Where(g.unsqueeze(exists_BT, 2), dt, 0.0)
 
 
 def _step(g: Body, one: dict[str, Any], x: Value, dt: Value, A_H: Value, B: Value, C: Value, state: Value) -> tuple[Value, Value]:

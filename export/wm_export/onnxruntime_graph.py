@@ -1,0 +1,70 @@
+"""Rewrites of the main graph of `model.ort.onnx` that make onnxruntime faster; the ops' own bodies are in wm_kernels."""
+
+import onnx
+
+from wm_kernels.onnx_body import MICROSOFT
+
+
+def tune_for_onnxruntime(proto: onnx.ModelProto) -> None:
+    """Rewrite the main graph in place; what it computes stays the same up to rounding."""
+    _join_sums_with_norms(proto)
+    _drop_thresholds_of_softplus(proto)
+    _map_tied_head_apart(proto)
+
+
+def _join_sums_with_norms(proto: onnx.ModelProto) -> None:
+    """Make one SkipSimplifiedLayerNormalization of a residual sum and the norm that reads it: onnxruntime does not do so by itself.
+
+    The kernel is float32's; sums that are an output, or that add a parameter, stay as they are.
+    """
+    graph = proto.graph
+    constants = {item.name for item in graph.initializer}
+    fixed = {item.name for item in graph.output} | constants
+    sums = {node.output[0]: node for node in graph.node if node.op_type == "Add" and not fixed & {*node.input, *node.output}}
+    for norm in [node for node in graph.node if node.op_type == "RMSNormalization" and node.input[0] in sums]:
+        weight = next((item for item in graph.initializer if item.name == norm.input[1]), None)
+        if weight is None or weight.data_type != onnx.TensorProto.FLOAT:
+            continue
+        total = sums.pop(norm.input[0])
+        (epsilon,) = (item.f for item in norm.attribute if item.name == "epsilon")
+        outputs = [norm.output[0], "", "", total.output[0]]
+        inputs = [*total.input, norm.input[1]]
+        joined = onnx.helper.make_node(
+            "SkipSimplifiedLayerNormalization", inputs, outputs, name=norm.name, domain=MICROSOFT, epsilon=epsilon
+        )
+        graph.node.remove(norm)
+        total.CopyFrom(joined)
+
+
+def _drop_thresholds_of_softplus(proto: onnx.ModelProto) -> None:
+    """Softplus instead of the exporter's x > 20 ? x : softplus(x): onnxruntime's Softplus does not overflow."""
+    graph = proto.graph
+    made = {output: node for node in graph.node for output in node.output}
+    for node in graph.node:
+        if node.op_type != "Where":
+            continue
+        greater, _, softplus = (made.get(name) for name in node.input)
+        if greater is None or softplus is None or (greater.op_type, softplus.op_type) != ("Greater", "Softplus"):
+            continue
+        if greater.input[0] == softplus.input[0] == node.input[1]:
+            node.CopyFrom(onnx.helper.make_node("Softplus", [node.input[1]], list(node.output), name=node.name))
+    read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    for node in [node for node in graph.node if node.op_type in ("Greater", "Softplus") and node.output[0] not in read]:
+        graph.node.remove(node)
+
+
+def _map_tied_head_apart(proto: onnx.ModelProto) -> None:
+    """Give a tied head an initializer of its own over the embedding's bytes in the weights file.
+
+    onnxruntime packs the weights of matrix products into private copies and then lets go of its mapping of the file. An embedding it must
+    keep for the look-ups; with a mapping of its own for the head, of the embedding's only the rows that are looked up become resident.
+    """
+    graph = proto.graph
+    looked_up = {node.input[0] for node in graph.node if node.op_type == "Gather"}
+    for node in graph.node:
+        if node.op_type == "Gemm" and node.input[1] in looked_up:
+            head = onnx.TensorProto()
+            head.CopyFrom(next(item for item in graph.initializer if item.name == node.input[1]))
+            head.name = "head"
+            graph.initializer.append(head)
+            node.input[1] = "head"
