@@ -36,7 +36,7 @@ class Case:
             k: None if v is None else torch.from_numpy(v.astype(np.float64) if v.dtype.kind == "f" else v)
             for k, v in self.feeds(True).items()
         }
-        out = getattr(torch.ops.wm, self.op).default(*wide.values(), *self.extra.values())
+        out = getattr(torch.ops.wm, self.op).default(**wide, **self.extra)
         return [t.numpy() for t in (out if isinstance(out, tuple) else (out,))]
 
     def feeds(self, all_of_them: bool = False) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class Case:
     def model(self, flavour: str) -> onnx.ModelProto:
         """A model of one node, every dimension that varies at run time symbolic."""
         t = TensorProto.FLOAT16 if self.half else TensorProto.FLOAT
-        present = [n if self.arguments[n] is not None else "" for n, _ in self.module.INPUTS]
+        present = [n if self.arguments[n] is not None else "" for n, _ in self.module.INPUTS if n in self.arguments]
         outputs = [n for n, _ in self.module.OUTPUTS]
         node = helper.make_node(self.module.OP_TYPE, present, outputs, name="node", domain="wm", **self.attributes)
         dims = {
@@ -79,9 +79,13 @@ def angles(position_BT: np.ndarray, pairs: int) -> tuple[np.ndarray, np.ndarray]
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
-def rope_angles_case(B: int, T: int, seed: int = 0, start: int = 2**24 - 300, pairs: int = 32) -> Case:
+def rope_angles_case(B: int, T: int, seed: int = 0, start: int = 2**24 - 300, pairs: int = 32, **scaling: Any) -> Case:
     position_BT = np.arange(T)[None] + np.linspace(0, start, B, dtype=np.int64)[:, None]
-    return Case("rope_angles", {"position_BT": position_BT}, {"pairs": pairs, "theta": 1e4}, {"pairs": pairs, "theta": 1e4, "double": True})
+    length = {"length_B": position_BT[:, -1] + 1} if scaling.get("scaling") == "dynamic" else {}
+    scaling = {"factor": 1.0, "original": 1, "low": 1.0, "high": 4.0} | scaling if scaling else {}
+    written = {name: repr(value) if isinstance(value, float) else value for name, value in scaling.items()}
+    base = {"pairs": pairs, "theta": 1e4}
+    return Case("rope_angles", {"position_BT": position_BT} | length, base | written, base | {"double": True} | scaling)
 
 
 def rope_case(B: int, T: int, seed: int = 0, half: bool = False, pairs: int = 8) -> Case:
@@ -300,6 +304,14 @@ def moe_case(
 
 CASES = {
     "rope_angles": rope_angles_case,
+    "rope_angles_linear": lambda B, T, **more: rope_angles_case(B, T, scaling="linear", factor=3.7, **more),
+    "rope_angles_llama3": lambda B, T, **more: rope_angles_case(
+        B, T, scaling="llama3", factor=8.1, original=8192, low=1.1, high=3.9, **more
+    ),
+    "rope_angles_dynamic": lambda B, T, **more: rope_angles_case(B, T, scaling="dynamic", factor=4.3, original=60, **more),
+    "rope_angles_dynamic_one_pair": lambda B, T, **more: rope_angles_case(
+        B, T, pairs=1, scaling="dynamic", factor=4.3, original=60, **more
+    ),
     "rope": rope_case,
     "rope_full_width": lambda B, T, **more: rope_case(B, T, pairs=10, **more),
     "residual_rms_norm": residual_rms_norm_case,

@@ -48,6 +48,15 @@ def check_config(cfg: ModelConfig) -> None:
         _check_moe(cfg)
 
 
+def check_cache(cfg: ModelConfig) -> None:
+    """Raise ConfigError where a state would hold what a longer sequence turns by other angles, unless the configuration allows it."""
+    _check_that(
+        cfg.rope_scaling != "dynamic" or cfg.rope_dynamic_cache,
+        "rope_scaling is 'dynamic' with a state, whose keys keep the angles of earlier lengths; "
+        "call forward without a state, or set rope_dynamic_cache to allow it",
+    )
+
+
 def _check_that(holds: bool, message: str) -> None:
     if not holds:
         raise ConfigError(f"ModelConfig: {message}")

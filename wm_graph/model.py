@@ -12,6 +12,7 @@ from torch import Tensor
 import wm_kernels as ops
 from wm_graph.blocks import layer
 from wm_graph.config import ModelConfig
+from wm_graph.config_checks import check_cache
 from wm_graph.context import Context, rms_norm
 from wm_graph.params import Params
 from wm_graph.state import LayerState, State
@@ -50,6 +51,7 @@ def forward(
         (logits_BSV in float32 (float64 for a float64 model), new state or None).
 
     Raises:
+        ConfigError: a state is given to a model of dynamic RoPE scaling that does not allow it.
         RuntimeError: shapes disagree; the message names the op.
     """
 
@@ -103,14 +105,22 @@ def make_context(
     batch, tokens = tokens_BT.shape
     position_BT = torch.arange(tokens, device=tokens_BT.device).expand(batch, tokens)
     if state is not None:
+        check_cache(cfg)
         position_BT = position_BT + state.position.unsqueeze(-1)
     widths = dict.fromkeys(width for mixer, _ in cfg.layers if (width := cfg.rotary_width(mixer)))
+    length_B = _length(position_BT, valid_B) if cfg.rope_scaling == "dynamic" else None
+    scaling = (length_B, cfg.rope_scaling, cfg.rope_factor, cfg.rope_original, cfg.rope_low, cfg.rope_high)
     angles: dict[int, tuple[Tensor, Tensor]] = {}
     for width in widths:
-        angles[width] = ops.rope_angles(position_BT, width // 2, cfg.rope_theta, dtype == torch.float64)
+        angles[width] = ops.rope_angles(position_BT, width // 2, cfg.rope_theta, dtype == torch.float64, *scaling)
         if taps is not None:
             taps.record("", "rope_angles", angles[width])
     return Context(batch, tokens, position_BT, None if state is None else state.position, valid_B, angles, in_place, taps)
+
+
+def _length(position_BT: Tensor, valid_B: Tensor | None) -> Tensor:
+    """Tokens of each row up to the end of this call, padding apart."""
+    return position_BT[:, 0] + (position_BT.shape[1] if valid_B is None else valid_B)
 
 
 def next_state(state: State, layer_states: list[LayerState | None], context: Context) -> State:

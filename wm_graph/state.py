@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from wm_graph.config import ModelConfig
+from wm_graph.config_checks import check_cache
 from wm_graph.params import named_tensors
 from wm_graph.shapes import state_leaves
 
@@ -103,7 +104,11 @@ def zero_state(
         capacity: most tokens a row can hold; attention caches are this long, windows at most this long.
         dtype: the model's dtype.
         device: where to put it.
+
+    Raises:
+        ConfigError: the model has dynamic RoPE scaling and does not allow a state.
     """
+    check_cache(cfg)
     leaves = {
         spec.name: torch.full(
             spec.concrete_shape(batch, capacity, cfg.keep_window), spec.reset, dtype=leaf_dtype(spec.kind, dtype), device=device

@@ -20,6 +20,7 @@ from wm_export.to_onnx import FILES, onnx_from_program
 from wm_export.weights import write_weights
 from wm_graph.checkpoints import WEIGHTS, load_checkpoint, load_tensors, new_folder, read_json
 from wm_graph.config import ModelConfig
+from wm_graph.config_checks import check_cache
 from wm_graph.errors import BundleError, ExportError
 from wm_graph.params import Params, cast_params, params_from_flat, params_to_flat
 from wm_graph.shapes import LeafSpec, count_parameters, state_leaves
@@ -51,12 +52,14 @@ def export_bundle(
 
     Raises:
         ExportError: an unknown target or dtype, or weights that are not finite in the export dtype.
+        ConfigError: a model that allows no state, which a bundle carries: dynamic RoPE scaling without `rope_dynamic_cache`.
         CheckpointError: the checkpoint is damaged, or the bundle folder is taken.
     """
     tell = progress or (lambda stage, fraction: None)
     _check_options(targets, dtype)
     tell("reading the checkpoint", 0.0)
     cfg, params = load_checkpoint(checkpoint)
+    check_cache(cfg)
     params = cast_params(params, DTYPES[dtype])
     _check_finite(cfg, params)
     with new_folder(Path(bundle)) as scratch:
@@ -80,6 +83,7 @@ def export_into(bundle: str | Path, *, targets: Sequence[str] = TARGETS, progres
     Raises:
         BundleError: this is no bundle.
         ExportError: an unknown target.
+        ConfigError: as `export_bundle`.
     """
     bundle = Path(bundle)
     tell = progress or (lambda stage, fraction: None)
@@ -93,6 +97,7 @@ def export_into(bundle: str | Path, *, targets: Sequence[str] = TARGETS, progres
     dtype = names[manifest["dtype"]]
     _check_options(targets, dtype)
     cfg = ModelConfig.from_dict(manifest["config"])
+    check_cache(cfg)
     _check_finite(cfg, params_from_flat(cfg, load_tensors(bundle)))
     tell("exporting to ONNX", 0.1)
     fresh = [bundle / f"{_FRESH}{name}" for name in (*FILES.values(), "manifest.json")]

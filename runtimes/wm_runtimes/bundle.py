@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from wm_graph.config import MAX_POSITION, ModelConfig
+from wm_graph.config_checks import check_cache
 from wm_graph.errors import BundleError, ConfigError
 from wm_runtimes.file_checks import check_file, sha256_of
 
@@ -237,7 +238,9 @@ def _parse(folder: Path, manifest: dict[str, Any]) -> Bundle:
 
 def _parse_config(values: dict[str, Any]) -> ModelConfig:
     try:
-        return ModelConfig.from_dict(values)
+        config = ModelConfig.from_dict(values)
+        check_cache(config)
+        return config
     except (ConfigError, TypeError) as error:
         raise BundleError(f"manifest.json: config: {error}") from error
 

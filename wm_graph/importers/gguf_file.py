@@ -66,7 +66,7 @@ def import_gguf(path: Path, progress: Progress | None = None, dtype: torch.dtype
         raise CheckpointError(f"{path}: is one of {fields.integer('split.count')} parts; join them with llama-gguf-split --merge")
     if "rope_freqs.weight" in source.shapes:
         raise CheckpointError(
-            f"{path}: tensor 'rope_freqs.weight' scales rotary frequencies, which wm-graph does not support; expected none"
+            f"{path}: tensor 'rope_freqs.weight' scales rotary frequencies one by one; import the Hugging Face folder, which holds the rule"
         )
     check_layer_count(source, "llama.block_count", fields.integer("llama.block_count"))
     vocab_size = source.shapes.get("token_embd.weight", (0,))[0] or fields.integer("llama.vocab_size")

@@ -1,59 +1,109 @@
-"""WmRopeAngles: cos and sin of position * theta^(-j/F), exact to position 2^24 in float32.
+"""WmRopeAngles: cos and sin of position * frequency, exact to position 2^24 in float32.
 
-The position is split into three base-256 digits; each digit's angle comes from a table made in float64, and
+Frequencies that no input changes: the position is split into three base-256 digits; each digit's angle comes from a table made in float64,
+and
 
     cos(a + b) = cos a cos b - sin a sin b        sin(a + b) = sin a cos b + cos a sin b
 
-adds them. Letters: B batch, T tokens, F rotated pairs.
+adds them. Dynamic scaling, whose frequencies follow each row's length, computes in float64. Letters: B batch, T tokens, F rotated pairs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
+import torch
+from onnx import TensorProto
 
-from wm_kernels.onnx_body import FLOAT, Body, Flavour, Ref, Value
+from wm_kernels.onnx_body import FLOAT, Body, Flavour, Ref, Value, single
 from wm_kernels.onnx_schema import FLOAT32, INT64, wm_op
+from wm_kernels.rope_angles.definition import scaled_frequencies
 
 OP_TYPE = "WmRopeAngles"
-INPUTS = [("position_BT", INT64)]
+INPUTS = [("position_BT", INT64), ("length_B", INT64)]
 OUTPUTS = [("cos_BTF", FLOAT32), ("sin_BTF", FLOAT32)]
-_node = wm_op(OP_TYPE, INPUTS, OUTPUTS, {"pairs": int, "theta": float})
+# An attribute of type float would round, and at position 2^24 that is seen: the numbers of a scaling, and a theta that is no float32, are
+# written out in decimal. Attributes that say nothing are left out.
+_SCALING = {"scaling": str, "factor": str, "original": int, "low": str, "high": str}
+_node = wm_op(OP_TYPE, INPUTS, OUTPUTS, {"pairs": int, "theta": float, "exact_theta": str} | _SCALING, optional=("length_B",))
 
 _BASE = 256
+_DOUBLE = int(TensorProto.DOUBLE)
 
 
-def translation(position_BT: Any, pairs: int, theta: float, double: bool = False) -> Any:
+def translation(
+    position_BT: Any,
+    pairs: int,
+    theta: float,
+    double: bool = False,
+    length_B: Any = None,
+    scaling: str = "none",
+    factor: float = 1.0,
+    original: int = 1,
+    low: float = 1.0,
+    high: float = 4.0,
+) -> Any:
     """torch.ops.wm.rope_angles to its node; files are float32 or float16, so `double` does not matter."""
-    return _node(position_BT, pairs=pairs, theta=theta)
+    inputs = (position_BT, length_B) if scaling == "dynamic" else (position_BT,)
+    attributes: dict[str, Any] = {"pairs": pairs, "theta": theta}
+    if float(np.float32(theta)) != theta:
+        attributes["exact_theta"] = repr(float(theta))
+    if scaling != "none":
+        attributes |= {"scaling": scaling, "original": original}
+        attributes |= {name: repr(float(value)) for name, value in (("factor", factor), ("low", low), ("high", high))}
+    return _node(*inputs, **attributes)
+
+
+@dataclass(frozen=True, order=True)
+class _Table:
+    """What tells the nodes of one model apart, and the theta that the node's own, a float32, stands for."""
+
+    pairs: int
+    theta: float
+    exact_theta: float
 
 
 def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionProto:
-    """The function; it holds the tables of every (pairs, theta) of the model."""
-    g = Body(OP_TYPE, [name for name, _ in INPUTS], FLOAT, flavour)
-    (position_BT,) = g.all_inputs()
-    keys = sorted({(int(v["pairs"]), float(np.float32(v["theta"]))) for v in variants})
-    cos, sin = _one_of(g, position_BT, keys)
+    """The function; it holds the tables of every (pairs, theta) of the model, for one scaling."""
+    scaling = single(OP_TYPE, [{name: v.get(name) for name in _SCALING} for v in variants])
+    # Only dynamic scaling has the second input.
+    g = Body(OP_TYPE, [name for name, _ in INPUTS[: 2 if scaling["scaling"] == "dynamic" else 1]], FLOAT, flavour)
+    tables = sorted({_table(int(v["pairs"]), float(np.float32(v["theta"])), v.get("exact_theta")) for v in variants})
+    cos, sin = _one_of(g, tables, scaling)
     return g.function({"cos_BTF": cos, "sin_BTF": sin})
 
 
-def _one_of(g: Body, position_BT: Value, keys: list[tuple[int, float]]) -> Sequence[Value]:
-    (pairs, theta), rest = keys[0], keys[1:]
+def _table(pairs: int, theta: float, exact_theta: str | None) -> _Table:
+    return _Table(pairs, theta, theta if exact_theta is None else float(exact_theta))
+
+
+def _one_of(g: Body, tables: list[_Table], scaling: dict[str, Any]) -> Sequence[Value]:
+    table, rest = tables[0], tables[1:]
     if not rest:
-        return _angles(g, position_BT, pairs, theta)
+        return _angles(g, table, scaling)
     # The condition is a constant of the calling node: a runtime that folds constants keeps one branch.
-    same_pairs = g.Equal(g.node("Constant", value_int=Ref("pairs", onnx.AttributeProto.INT)), pairs)
-    same_theta = g.Equal(g.node("Constant", value_float=Ref("theta", onnx.AttributeProto.FLOAT)), theta)
-    return g.branch(
-        same_pairs & same_theta, (FLOAT, FLOAT), lambda: _angles(g, position_BT, pairs, theta), lambda: _one_of(g, position_BT, rest)
-    )
+    same_pairs = g.Equal(g.node("Constant", value_int=Ref("pairs", onnx.AttributeProto.INT)), table.pairs)
+    same_theta = g.Equal(g.node("Constant", value_float=Ref("theta", onnx.AttributeProto.FLOAT)), table.theta)
+    return g.branch(same_pairs & same_theta, (FLOAT, FLOAT), lambda: _angles(g, table, scaling), lambda: _one_of(g, rest, scaling))
 
 
-def _angles(g: Body, position_BT: Value, pairs: int, theta: float) -> tuple[Value, Value]:
-    frequency_F = theta ** (-np.arange(pairs, dtype=np.float64) / pairs)
+def _angles(g: Body, table: _Table, scaling: dict[str, Any]) -> tuple[Value, Value]:
+    position_BT, *length = g.all_inputs()
+    frequency_F = table.exact_theta ** (-np.arange(table.pairs, dtype=np.float64) / table.pairs)
+    if scaling["scaling"] is not None:
+        factor, low, high = (float(scaling[name]) for name in ("factor", "low", "high"))
+        scaled_F = scaled_frequencies(torch.from_numpy(frequency_F), scaling["scaling"], factor, scaling["original"], low, high)
+        frequency_F = scaled_F.numpy()
+    if length:
+        return _from_lengths(g, position_BT, length[0], frequency_F, float(scaling["factor"]), scaling["original"])
+    return _from_tables(g, position_BT, frequency_F)
+
+
+def _from_tables(g: Body, position_BT: Value, frequency_F: Any) -> tuple[Value, Value]:
     total: tuple[Value, Value] | None = None
     for place in (1, _BASE, _BASE * _BASE):
         # The last table has one row more, for position 2^24 itself.
@@ -71,3 +121,12 @@ def _angles(g: Body, position_BT: Value, pairs: int, theta: float) -> tuple[Valu
             total = cos * cos_BTF - sin * sin_BTF, sin * cos_BTF + cos * sin_BTF
     assert total is not None
     return total
+
+
+def _from_lengths(g: Body, position_BT: Value, length_B: Value, frequency_F: Any, factor: float, original: int) -> tuple[Value, Value]:
+    pairs = len(frequency_F)
+    beyond_B = g.Cast(g.Max(length_B, original) - original, to=_DOUBLE)
+    ratio_B = beyond_B * np.asarray(factor / original) + np.asarray(1.0)
+    stretch_B1F = g.Pow(g.unsqueeze(ratio_B, 1, 2), -np.arange(pairs, dtype=np.float64) / max(pairs - 1, 1))
+    angle_BTF = g.unsqueeze(g.Cast(position_BT, to=_DOUBLE), 2) * (stretch_B1F * frequency_F)
+    return g.to_f32(g.Cos(angle_BTF)), g.to_f32(g.Sin(angle_BTF))
