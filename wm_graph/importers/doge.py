@@ -1,6 +1,5 @@
 """Doge as in transformers (dense): Llama's tensors and, per layer, dynamic mask, q/k norms and learned residuals."""
 
-from wm_graph.config import ModelConfig
 from wm_graph.importers import llama
 from wm_graph.importers.family import Family, Same, Values
 from wm_graph.importers.fields import Fields
@@ -8,16 +7,14 @@ from wm_graph.importers.rope import write_rope
 
 
 def _read(fields: Fields, values: Values) -> Values:
-    return {**llama.read_layers(fields, values, "dynamic_mask_attention"), "qk_norm": True, "learned_residual": True}
-
-
-def _write(cfg: ModelConfig) -> Values:
-    return write_rope(cfg)
+    return {**llama.read_layers(fields, "dynamic_mask_attention"), "qk_norm": True, "learned_residual": True}
 
 
 HUGGING_FACE = Family(
     kind="doge",
     architecture="DogeForCausalLM",
+    mixers=("dynamic_mask_attention",),
+    feed_forwards=("mlp",),
     tensors={
         **llama.HUGGING_FACE.tensors,
         "layers.#.mixer.dt": ("model.layers.#.self_attn.dt_proj.weight",),
@@ -34,5 +31,5 @@ HUGGING_FACE = Family(
     # A bias of attention would be one of dt_proj too, which wm-graph does not have.
     fixed={"hidden_act": "silu", "is_moe": False, "sliding_window": None, "attention_bias": False},
     read=_read,
-    write=_write,
+    write=write_rope,
 )

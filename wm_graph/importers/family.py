@@ -37,22 +37,26 @@ class Family:
     Attributes:
         kind: its `model_type`.
         architecture: its class in transformers.
+        mixers: what its layers mix with.
+        feed_forwards: what follows.
         tensors: parameter name -> the tensors it is made of, in the order of its memory; `#` stands for the layer, `*` for the expert.
         same: fields that have one of the same meaning in ModelConfig.
         fixed: fields of which one value is supported, which a missing entry means too.
-        read: (fields, the values of `same`) -> what else ModelConfig needs.
+        read: (fields, the values of `same`) -> what else ModelConfig needs, or has otherwise.
         write: the inverse of `read`: what else config.json needs. A value that it cannot express shows when the result is read again.
-        other: entries of `tensors` as some files have them instead.
+        other: entries of `tensors` as some files have them instead, all or none.
     """
 
     kind: str
     architecture: str
+    mixers: tuple[str, ...]
+    feed_forwards: tuple[str, ...]
     tensors: Mapping[str, tuple[str, ...]]
     same: tuple[Same, ...]
     fixed: Mapping[str, Any]
     read: Callable[[Fields, Values], Values]
     write: Callable[[ModelConfig], Values]
-    other: tuple[Mapping[str, tuple[str, ...]], ...] = ()
+    other: Mapping[str, tuple[str, ...]] | None = None
 
 
 _KINDS = {field.name: field.type for field in dataclass_fields(ModelConfig)}
@@ -72,7 +76,7 @@ def read_config(family: Family, fields: Fields, name: str) -> ModelConfig:
     for same in family.same:
         default = same.default(values) if callable(same.default) else same.default
         values[same.name] = readers[_KINDS[same.name]](same.key, default)  # type: ignore[index]
-    return build_config(fields.label, **values, **family.read(fields, values))
+    return build_config(fields.label, **(values | family.read(fields, values)))
 
 
 def write_config(family: Family, cfg: ModelConfig) -> Values:
@@ -96,11 +100,11 @@ def build_config(label: str, **values: Any) -> ModelConfig:
 def family_layout(family: Family, cfg: ModelConfig, stored: Collection[str] = ()) -> Layout:
     """The layout of a model as transformers writes it, or in the other form where a tensor of that is `stored`."""
     layout = make_layout(cfg, family.tensors)
-    for entries in family.other:
-        other = make_layout(cfg, {**family.tensors, **entries})
-        if any(piece.name in stored for flat, parts in other.items() if parts != layout[flat] for piece in parts.pieces):
-            return other
-    return layout
+    if not family.other:
+        return layout
+    other = make_layout(cfg, {**family.tensors, **family.other})
+    differing = {piece.name for flat, parts in other.items() if parts != layout[flat] for piece in parts.pieces}
+    return layout if differing.isdisjoint(stored) else other
 
 
 def read_step_limits(fields: Fields) -> Values:

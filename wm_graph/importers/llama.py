@@ -66,8 +66,8 @@ _GGUF_KEYS = {
 }
 
 
-def read_layers(fields: Fields, values: Values, mixer: str) -> Values:
-    """`layers` and the fields about positions of a model whose layers are all alike.
+def read_layers(fields: Fields, mixer: str) -> Values:
+    """The fields about layers and positions of a model whose layers are all alike.
 
     Raises:
         CheckpointError: a field is missing, of the wrong type, or asks for something that wm-graph does not have.
@@ -125,6 +125,8 @@ def _check_gguf_keys(fields: Fields, vocab_size: int) -> None:
 HUGGING_FACE = Family(
     kind="llama",
     architecture="LlamaForCausalLM",
+    mixers=("attention",),
+    feed_forwards=("mlp",),
     tensors={
         "embedding": ("model.embed_tokens.weight",),
         "layers.#.mixer_norm": ("model.layers.#.input_layernorm.weight",),
@@ -139,12 +141,13 @@ HUGGING_FACE = Family(
         Same("hidden_size", "d_model"),
         Same("intermediate_size", "d_ff"),
         *ATTENTION_SIZES,
+        Same("max_position_embeddings", "rope_original", 2048),
         Same("attention_bias", "attention_bias", False),
         Same("mlp_bias", "mlp_bias", False),
         Same("rms_norm_eps", "norm_eps", 1e-6),
         Same("tie_word_embeddings", "tie_embeddings", False),
     ),
     fixed={"hidden_act": "silu"},
-    read=lambda fields, values: read_layers(fields, values, "attention"),
+    read=lambda fields, values: read_layers(fields, "attention"),
     write=write_rope,
 )

@@ -45,6 +45,8 @@ def _write(cfg: ModelConfig) -> Values:
 HUGGING_FACE = Family(
     kind="mamba2",
     architecture="Mamba2ForCausalLM",
+    mixers=("mamba2",),
+    feed_forwards=("none",),
     tensors={
         "embedding": ("backbone.embeddings.weight",),
         "layers.#.mixer_norm": ("backbone.layers.#.norm.weight",),
