@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,16 +12,17 @@ from torch import Tensor
 from wm_graph.config import ModelConfig
 from wm_graph.model import forward
 from wm_graph.params import Params, init_params, map_tensors
+from wm_graph.presets import PRESETS
 from wm_graph.state import zero_state
 from wm_graph.taps import Taps
-from wm_runtimes.choices import choice_names
-from wm_runtimes.draws import Draws
+from wm_runtimes.choice_names import choice_names
+from wm_runtimes.draws import Draws, by_token
 from wm_runtimes.parity import Oracle
 
 LIMIT = 1e-4  # max abs on float32 logits of scale about 1
 
 
-def _cut(name: str, layers: slice, **changes: object) -> ModelConfig:
+def _cut(name: str, layers: slice, /, **changes: object) -> ModelConfig:
     cfg = ModelConfig.preset(name)
     return replace(cfg, layers=cfg.layers[layers], **changes)  # type: ignore[arg-type]
 
@@ -34,9 +37,63 @@ MODELS: dict[str, ModelConfig] = {
     "llama-20m widths": _cut("llama-20m", slice(0, 2), vocab_size=1024, n_kv_head=2),
 }
 
+# The tiny model of every family of presets; Doge has no tiny preset.
+_doge = _cut("doge-20m", slice(0, 3), name="doge-tiny", vocab_size=512, d_model=64, d_ff=128, n_head=4, n_kv_head=2, head_dim=16)
+FAMILIES: dict[str, ModelConfig] = {
+    **{name: cfg for name, cfg in PRESETS.items() if "-tiny" in name},
+    "doge-tiny": replace(_doge, keep_window=24),
+}
+# What test_model.py, test_export.py and test_sessions_model.py ran before these came.
+NEW_FAMILIES = ("cheems-2407-tiny", "mamba2-tiny", "jamba-tiny", "doge-tiny")
+
+_small: dict[str, Any] = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "d_ff": 48,
+    "n_head": 4,
+    "n_kv_head": 2,
+    "head_dim": 8,
+    "keep_window": 6,
+    "norm_eps": 1e-5,
+}
+_small |= {"ssd_head": 2, "ssd_head_dim": 16, "ssd_state": 8, "mamba1_width": 48, "mamba1_state": 4, "dt_rank": 3, "conv_size": 3}
+_small |= {"ifa_value": 5, "ifa_head": 2, "ifa_pick": 2, "d_ifa": 8, "ifa_positions": 300}
+_small |= {"n_expert": 16, "n_retrieval_head": 2, "n_pick": 2, "d_retrieval": 8}
+# Every option that no tiny preset uses, a few to a model; an ONNX file has one body per op, so that what needs two is in two models.
+_OPTIONS: tuple[tuple[str, tuple[tuple[str, str], ...], dict[str, Any]], ...] = (
+    (
+        "binary, c1_parallel, grouped mamba2",
+        (("dynamic_mask_attention", "none"), ("mamba2", "cdmoe"), ("ssd", "mlp")),
+        {"dma_mask": "binary", "cdmoe_form": "c1_parallel", "ssd_group": 2, "mlp_bias": True, "dt_min": 0.002, "dt_max": 0.05},
+    ),
+    (
+        "ratio, shared_expert_isolated, mamba1 as published",
+        (("dynamic_mask_attention", "moe"), ("mamba1", "none")),
+        {"dma_mask": "ratio", "dma_ratio": 0.4, "moe_form": "shared_expert_isolated", "mamba_bias": True, "conv_bias": False},
+    ),
+    (
+        "log, single_head, static_hard, partly rotated attention",
+        (("dynamic_mask_attention", "cdmoe"), ("inner_function_attention", "none"), ("attention", "mlp")),
+        {"dma_mask": "log", "cdmoe_form": "single_head", "n_retrieval_head": 1, "d_retrieval": 0, "ifa_mask": "static_hard"}
+        | {"attention_bias": True, "rotary_dim": 4, "qk_norm": True, "learned_residual": True},
+    ),
+    (
+        "additive by query head, softmax beside normalised experts, no rotation",
+        (("dynamic_mask_attention", "mlp"), ("inner_function_attention", "moe"), ("mamba2", "none")),
+        {"dma_mask": "additive", "dma_heads": "query", "ifa_form": "softmax", "moe_normalize": True, "ssd_rope": False}
+        | {"attention_rope": False, "mamba_bias": True, "tie_embeddings": False},
+    ),
+    (
+        "top1, static_ste",
+        (("inner_function_attention", "mlp"), ("ssd", "none")),
+        {"ifa_form": "top1", "ifa_head": 1, "ifa_pick": 1, "ifa_mask": "static_ste", "ssd_rope": False},
+    ),
+)
+OPTIONS: dict[str, ModelConfig] = {name: ModelConfig(name=name, layers=layers, **(_small | options)) for name, layers, options in _OPTIONS}
+
 
 def lively_params(cfg: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> Params:
-    """Random parameters whose scores differ from key to key, norms and residual scales from 1, logits of scale about 1."""
+    """Random parameters whose scores differ from key to key, norms, scales and biases from their start; logits of scale about 1."""
     generator = torch.Generator().manual_seed(seed)
 
     def change(name: str, tensor: Tensor) -> Tensor:
@@ -46,9 +103,27 @@ def lively_params(cfg: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.fl
             return noise
         if leaf.endswith(("norm", "residual")):
             return (1 + 0.2 * noise).to(dtype)
-        return tensor * 5 if name == "embedding" else tensor
+        if leaf == "mask":
+            return (noise > -0.7).to(dtype)
+        if leaf == "D" or leaf.endswith("bias"):
+            return tensor + (0.2 * noise).to(dtype)
+        return tensor * 5 if name in ("embedding", "head") else tensor
 
     return map_tensors(init_params(cfg, seed, dtype), change)  # type: ignore[no-any-return]
+
+
+# With these seeds no choice of experts or keys changes under relative noise of 2e-6 in all weights: every runtime chooses alike.
+SEEDS = {"cheems-20m-moe": 4}
+SEED = 1
+
+
+@cache
+def sharp_params(cfg: ModelConfig) -> Params:
+    """Lively parameters whose window scores lie so far apart that rounding does not reorder them."""
+    params = lively_params(cfg, SEEDS.get(cfg.name, SEED))
+    if not cfg.keeps_window:
+        return params
+    return map_tensors(params, lambda name, tensor: tensor * 20 if name.endswith("mixer.dt") else tensor)  # type: ignore[no-any-return]
 
 
 def random_tokens(cfg: ModelConfig, rows: int, length: int, seed: int = 0) -> Tensor:
@@ -84,6 +159,6 @@ class Judge:
             with torch.no_grad():
                 part_BTV, state = forward(self.cfg, self.params, tokens_BT[:, start : start + length], state, in_place=in_place, taps=taps)
             parts.append(part_BTV)
-            taps_of_parts.append(taps.values)
+            taps_of_parts.append(by_token(taps.values, (len(tokens_BT), length)))
             start += length
         return torch.cat(parts, 1), {name: torch.cat([values[name] for values in taps_of_parts], 1) for name in self.names}

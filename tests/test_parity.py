@@ -8,18 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from faults import noisy, one_percent_off, onnx_reads_another_weight, resign
 from helpers import MODELS, lively_params
 from wm_export import export_bundle
 from wm_export.weights import write_weights
 from wm_graph import save_checkpoint
 from wm_graph.errors import BundleError, CheckpointError, InputError, RuntimeUnavailableError
 from wm_graph.tolerances import MODEL_LIMITS, OP_LIMITS, model_limit, op_limit, render, score_budget
-from wm_runtimes import open_bundle, sha256_of
+from wm_runtimes import open_bundle
 from wm_runtimes.check import check_bundle
 from wm_runtimes.onnxruntime_cpu import OnnxRuntimeCpuSession
 from wm_runtimes.parity import ParityReport, ParityRow, measure_parity
@@ -46,14 +46,6 @@ def half_folder(folder: Path) -> Path:
 
 def measure(folder: Path, *runtimes: str, **options: object) -> ParityReport:
     return measure_parity(open_bundle(folder), runtimes, draws=8, longest_prompt=70, decode_steps=3, **options)  # type: ignore[arg-type]
-
-
-def resign(folder: Path, *names: str) -> None:
-    """Make the manifest agree with changed files, so that only the numbers can tell."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for name in names:
-        manifest["files"][name] = {"sha256": sha256_of(folder / name), "size": (folder / name).stat().st_size}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 # What is right passes.
@@ -104,32 +96,8 @@ def test_progress_rises_from_zero(folder: Path) -> None:
 # What is planted wrong fails.
 
 
-def one_percent_off(weight: torch.Tensor) -> torch.Tensor:
-    return weight * 1.01
-
-
-def noisy(weight: torch.Tensor) -> torch.Tensor:
-    return weight + 0.02 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-
-
 def change_a_weight(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path, pytest.MonkeyPatch], None]:
-    def plant(folder: Path, patch: pytest.MonkeyPatch) -> None:
-        """The ONNX graph reads other weights than the oracle, from a copy with one tensor changed."""
-        weights = load_file(folder / "model.safetensors")
-        write_weights({**weights, name: change(weights[name])}, folder / "other.safetensors")
-        for graph in ("model.onnx", "model.ort.onnx"):
-            model = onnx.load(str(folder / graph), load_external_data=False)
-            for initializer in model.graph.initializer:
-                for entry in initializer.external_data:
-                    if entry.key == "location":
-                        entry.value = "other.safetensors"
-            (folder / graph).write_bytes(model.SerializeToString())
-        manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["files"]["other.safetensors"] = {}
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-        resign(folder, "other.safetensors", "model.onnx", "model.ort.onnx")
-
-    return plant
+    return lambda folder, patch: onnx_reads_another_weight(folder, name, change)
 
 
 def prefill_off_by_one(folder: Path, patch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ B batch, T tokens, M = B·T, D model width, H heads, K kv heads, A score heads, 
 R retrieval heads, V value vectors, k picks.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,7 @@ from wm_graph.context import Context, rms_norm
 from wm_graph.params import AttentionParams, DynamicMaskAttentionParams, InnerFunctionAttentionParams
 from wm_graph.state import AttentionState, KeepWindowState, ScoredAttentionState
 from wm_kernels.keep_window_attention.definition import keep_window_attention_reference
+from wm_kernels.scored_attention.definition import scored_attention_reference
 
 # Added to the logit of a key whose static mask is rounded to 0: far below any other, and finite, so that the mask has a gradient.
 _MASKED = 1e9
@@ -48,6 +51,12 @@ def _heads(cfg: ModelConfig, x_BTC: Tensor) -> Tensor:
 def _attend_rotated(
     cfg: ModelConfig, qkv_BTC: Tensor, n_kv_head: int, state: AttentionState | None, context: Context, scope: str
 ) -> tuple[Tensor, AttentionState | None]:
+    if cfg.rope_scaling == "dynamic":
+        # Rows of unequal lengths turn one position by different angles, which attention_rope does not take.
+        qk_BTHP, v_BTKP = _heads(cfg, qkv_BTC).split([cfg.n_head + n_kv_head, n_kv_head], 2)
+        q_BTHP, k_BTKP = _rotate(cfg, qk_BTHP, context, scope).split([cfg.n_head, n_kv_head], 2)
+        out_BTHP, state = _attend_plain((q_BTHP, k_BTKP, v_BTKP), state, context, scope)
+        return out_BTHP.flatten(2), state
     inputs, heads = (qkv_BTC, *context.angles[cfg.rotary_width("attention")]), (cfg.n_head, n_kv_head)
     if state is None:
         out_BTE, _, _ = ops.attention_rope(*inputs, None, None, None, context.valid_B, *heads)
@@ -135,7 +144,7 @@ def _attend_window(
 def _keep_window_attention(cfg: ModelConfig, inputs: tuple[Tensor, Tensor, Tensor, Tensor], context: Context, scope: str) -> Tensor:
     """The op without slots; where choices are replayed, its reference, which alone takes another ranking."""
     arguments = (*inputs, None, None, None, None, None, context.valid_B, cfg.keep_window)
-    rank_BTK = None if context.taps is None else context.taps.window_rank(scope, inputs[3])
+    rank_BTK = None if context.taps is None else context.taps.rank(scope, "keep_window_attention", inputs[3])
     if rank_BTK is None:
         return ops.keep_window_attention(*arguments)[0]
     return keep_window_attention_reference(*arguments, rank_BTK)[0]
@@ -151,14 +160,24 @@ def _attend_scored(
 ) -> tuple[Tensor, ScoredAttentionState | None]:
     rest = (context.position_B, context.valid_B, scoring, ratio)
     if state is None:
-        out_BTHP, *_ = ops.scored_attention(*inputs, None, None, None, None, *rest[1:])
+        out_BTHP = _scored_attention((*inputs, None, None, None, None, *rest[1:]), context, scope)
     elif context.in_place:
         out_BTHP = ops.scored_attention_(*inputs, state.k, state.v, state.score, *rest)
     else:
         out_BTHP, *cache = ops.scored_attention(*inputs, state.k, state.v, state.score, *rest)
         state = ScoredAttentionState(*cache)
+    if context.taps is not None:
+        context.taps.record_input(scope, "scored_attention", "score", inputs[3])
     context.tap(scope, "scored_attention", out_BTHP, *(() if state is None else (state.k, state.v, state.score)))
     return out_BTHP, state
+
+
+def _scored_attention(arguments: tuple[Any, ...], context: Context, scope: str) -> Tensor:
+    """The op without caches; where choices are replayed, its reference, which alone hides keys by other scores."""
+    rank_BTA = None if context.taps is None else context.taps.rank(scope, "scored_attention", arguments[3])
+    if rank_BTA is None:
+        return ops.scored_attention(*arguments)[0]
+    return scored_attention_reference(*arguments, rank_BTA)[0]
 
 
 def inner_function_attention(
@@ -208,9 +227,11 @@ def _inner_function(cfg: ModelConfig, params: InnerFunctionAttentionParams, u_MD
     if cfg.ifa_form != "softmax":
         weight_Nk = torch.ones_like(weight_Nk)
     picks = cfg.ifa_head * cfg.ifa_pick
-    nothing_MV = u_MD.new_zeros((u_MD.shape[0], cfg.ifa_value))
-    weight_MV = nothing_MV.scatter_add(1, value_Nk.reshape(-1, picks), weight_Nk.reshape(-1, picks))
-    return weight_MV @ params.value_embed
+    # In float32: runtimes do not add up scattered half-precision numbers.
+    high = torch.promote_types(u_MD.dtype, torch.float32)
+    nothing_MV = u_MD.new_zeros((u_MD.shape[0], cfg.ifa_value), dtype=high)
+    weight_MV = nothing_MV.scatter_add(1, value_Nk.reshape(-1, picks), weight_Nk.reshape(-1, picks).to(high))
+    return weight_MV.to(u_MD.dtype) @ params.value_embed
 
 
 def _static_mask(cfg: ModelConfig, mask_HS: Tensor, context: Context) -> tuple[Tensor, str]:

@@ -38,9 +38,15 @@ class TapNames:
 
     def next(self, scope: str, op: str) -> str:
         """The prefix for the next call of `op` in `scope` (`layers.3`, or empty for the model itself)."""
+        name = self.peek(scope, op)
+        base = f"{scope}.{op}" if scope else op
+        self._calls[base] = self._calls.get(base, 0) + 1
+        return name
+
+    def peek(self, scope: str, op: str) -> str:
+        """What `next` would say."""
         base = f"{scope}.{op}" if scope else op
         count = self._calls.get(base, 0)
-        self._calls[base] = count + 1
         return base if count == 0 else f"{base}.{count}"
 
 
@@ -49,10 +55,12 @@ class Taps:
 
     Args:
         replay: tap name -> choices made by another runtime. `*.product_key_topk.expert` [B, T, R, k] are the experts to take, with the
-            weights that this model gives them, and so are `*.router_topk.expert` [M, k] or [B, T, k];
-            `*.keep_window_attention.score_in` [B, T, K] rank the keys in place of this model's scores (training path only).
+            weights that this model gives them, and so are `*.router_topk.expert` of any shape with as many entries as [M, k];
+            `*.keep_window_attention.score_in` [B, T, K] and `*.scored_attention.score_in` [B, T, A] say which keys are seen in place of
+            this model's scores (training path only).
         only: which names to keep; None keeps every op output. Inputs by which a choice is made are kept only if asked for here:
-            `*.product_key_topk.query_in`, `*.router_topk.logits_in` and `*.keep_window_attention.score_in`.
+            `*.product_key_topk.query_in`, `*.router_topk.logits_in`, `*.keep_window_attention.score_in` and
+            `*.scored_attention.score_in`.
     """
 
     def __init__(self, replay: Mapping[str, Tensor] | None = None, only: Callable[[str], bool] | None = None) -> None:
@@ -69,15 +77,15 @@ class Taps:
                 self.values[f"{prefix}.{output}"] = value.clone()
 
     def record_input(self, scope: str, op: str, name: str, value: Tensor) -> None:
-        """Keep an input by which a selecting op chooses, if asked for."""
-        full_name = f"{scope}.{op}.{name}_in"
+        """Keep an input by which the coming call of a selecting op chooses, if asked for."""
+        full_name = f"{self._names.peek(scope, op)}.{name}_in"
         if self._only is not None and self._only(full_name):
             self.values[full_name] = value.clone()
 
-    def window_rank(self, scope: str, score_BTK: Tensor) -> Tensor | None:
-        """The replayed scores that rank the keys of a window, in the dtype of `score_BTK`; None if there are none."""
-        rank_BTK = self.replay.get(f"{scope}.keep_window_attention.score_in")
-        return None if rank_BTK is None else rank_BTK.to(score_BTK)
+    def rank(self, scope: str, op: str, score_BTA: Tensor) -> Tensor | None:
+        """The replayed scores by which the coming call of `op` hides keys, in the dtype of `score_BTA`; None if there are none."""
+        rank_BTA = self.replay.get(f"{self._names.peek(scope, op)}.score_in")
+        return None if rank_BTA is None else rank_BTA.to(score_BTA)
 
     def choose_experts(self, scope: str, query_BTR2d: Tensor, keys_RJ2d: Tensor, made: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The op's own choice `made` = (weight, expert), or the replayed experts with the weights this model gives them."""
@@ -93,7 +101,7 @@ class Taps:
 
     def choose_routed(self, scope: str, logits_ME: Tensor, normalize: bool, made: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The router's own choice `made` = (weight, expert), or the replayed experts with the weights this model gives them."""
-        name = f"{scope}.router_topk.expert"
+        name = f"{self._names.peek(scope, 'router_topk')}.expert"
         if name not in self.replay:
             return made
         expert_Mk = self.replay[name].to(made[1]).view_as(made[1])

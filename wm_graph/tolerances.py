@@ -139,6 +139,7 @@ MODEL_LIMITS: tuple[ModelLimit, ...] = (
 
 _TERMS = "|q_x| max|k_x| + |q_y| max|k_y|: an upper bound of every expert's score"
 _SCORE = "largest |score| among the row's keys"
+_HIDDEN = "the values' error, amplified by exp, twice; the score's distance from the threshold counts"
 _ROUTE = "largest |logit| of the token"
 _LOGIT = "rms of the logits, at least 1"
 SCORE_BUDGETS: tuple[ScoreBudget, ...] = (
@@ -148,6 +149,9 @@ SCORE_BUDGETS: tuple[ScoreBudget, ...] = (
     ScoreBudget("keep_window_attention", "float32", 64, _SCORE, "the values' error, amplified by exp, twice"),
     ScoreBudget("keep_window_attention", "float16", 16, _SCORE, "the values' error, amplified by exp, twice"),
     ScoreBudget("keep_window_attention", "bfloat16", 16, _SCORE, "the values' error, amplified by exp, twice"),
+    ScoreBudget("scored_attention", "float32", 64, _SCORE, _HIDDEN),
+    ScoreBudget("scored_attention", "float16", 16, _SCORE, _HIDDEN),
+    ScoreBudget("scored_attention", "bfloat16", 16, _SCORE, _HIDDEN),
     ScoreBudget("router_topk", "float32", 64, _ROUTE, "the logits' error, carried through every layer below, twice"),
     ScoreBudget("router_topk", "float16", 16, _ROUTE, "the logits' error, carried through every layer below, twice"),
     ScoreBudget("router_topk", "bfloat16", 16, _ROUTE, "the logits' error, carried through every layer below, twice"),

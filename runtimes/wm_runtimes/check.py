@@ -16,6 +16,7 @@ from wm_graph.shapes import count_parameters, parameter_shapes, state_leaves
 from wm_graph.tolerances import model_limit
 from wm_runtimes import RUNTIMES, availability, open_session
 from wm_runtimes.bundle import Bundle, open_bundle
+from wm_runtimes.choice_names import choice_names
 from wm_runtimes.draws import Array, Draws, SessionRunner, Trace, run_draws
 from wm_runtimes.file_checks import check_safetensors
 from wm_runtimes.selections import NOTHING_CHOSEN, Judgement
@@ -234,9 +235,7 @@ def _one_choice(verdict: Judgement) -> float:
 
 def _chooses(bundle: Bundle, golden: _Golden) -> bool:
     """Whether the model selects anything on the golden rows."""
-    dense = all(feed_forward != "cdmoe" for _, feed_forward in bundle.config.layers)
-    windows = any(mixer == "dynamic_mask_attention" for mixer, _ in bundle.config.layers)
-    return not dense or (windows and golden.draws.tokens_BT.shape[1] > bundle.config.keep_window)
+    return bool(choice_names(bundle.config, golden.draws.tokens_BT.shape[1]))
 
 
 def _follow(bundle: Bundle, golden: _Golden, name: str, options: dict[str, Any]) -> tuple[Array, Judgement] | None:
@@ -246,7 +245,7 @@ def _follow(bundle: Bundle, golden: _Golden, name: str, options: dict[str, Any])
     """
     from wm_graph.checkpoints import load_tensors
     from wm_graph.params import params_from_flat
-    from wm_runtimes.choices import TellingSession, choice_names
+    from wm_runtimes.choices import TellingSession
     from wm_runtimes.parity import Oracle
 
     params = params_from_flat(bundle.config, load_tensors(bundle.path))

@@ -6,6 +6,7 @@ B rows, T tokens, S selected tokens.
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,23 +20,10 @@ from wm_graph.params import Params
 from wm_graph.state import State, zero_state
 from wm_graph.taps import Taps
 from wm_runtimes.bundle import Bundle
+from wm_runtimes.choice_names import op_of, selecting_calls
 from wm_runtimes.draws import Array, Choices, Draws, SessionRunner, Trace, run_draws
 from wm_runtimes.session import Session
 from wm_runtimes.state_buffers import StateBuffers
-
-
-def choice_names(cfg: ModelConfig, length: int) -> tuple[str, ...]:
-    """Tap names that say what a model chooses on rows of `length` tokens: experts, and the scores by which keys are kept.
-
-    A window that holds the whole row chooses nothing.
-    """
-    names = []
-    for index, (mixer, feed_forward) in enumerate(cfg.layers):
-        if mixer == "dynamic_mask_attention" and length > cfg.keep_window:
-            names.append(f"layers.{index}.keep_window_attention.score_in")
-        if feed_forward == "cdmoe":
-            names.append(f"layers.{index}.product_key_topk.expert")
-    return tuple(names)
 
 
 class EagerRunner:
@@ -75,7 +63,7 @@ class EagerRunner:
 class RecordingRunner:
     """A session of a torch runtime, compiled or not, whose selecting ops are recorded as they run.
 
-    Ops are opaque to the compiler and run in the order of the layers, so that the n-th call of an op is the n-th layer that has it.
+    Ops are opaque to the compiler and run in the order of the layers, so that the n-th call of an op is the n-th of `selecting_calls`.
 
     Args:
         session: the session.
@@ -84,8 +72,11 @@ class RecordingRunner:
 
     def __init__(self, session: Session, names: Iterable[str]) -> None:
         self._inner = SessionRunner(session)
-        self._names = tuple(names)
-        self._seen: dict[str, list[Array]] = {"expert": [], "score_in": []}
+        self._names = frozenset(names)
+        self._calls: dict[str, list[str]] = {}
+        for name in selecting_calls(session.bundle.config):
+            self._calls.setdefault(op_of(name), []).append(name)
+        self._seen: dict[str, list[Array]] = {}
 
     def prefill(self, tokens_BT: Array, valid_B: Array, select_BS: Array) -> tuple[Array, Choices]:
         """See `Runner`."""
@@ -101,29 +92,29 @@ class RecordingRunner:
     def recording(self) -> Iterator[None]:
         """For a while, CPU kernels that call the ops' own and keep what they chose, or chose by."""
 
-        def product_key_topk(*args: Any) -> Any:
-            out = wm_kernels.product_key_topk._init_fn(*args)
-            self._seen["expert"].append(out[1].numpy().copy())
+        def picks(op: Any, *args: Any) -> Any:
+            out = op._init_fn(*args)
+            self._seen.setdefault(op._name, []).append(out[1].numpy().copy())
             return out
 
-        def keep_window_attention_(*args: Any) -> Any:
-            self._seen["score_in"].append(args[3].numpy().copy())
-            return wm_kernels.keep_window_attention_._init_fn(*args)
+        def scores(op: Any, *args: Any) -> Any:
+            self._seen.setdefault(op._name.removesuffix("_"), []).append(args[3].numpy().copy())
+            return op._init_fn(*args)
 
         with torch.library._scoped_library("wm", "IMPL") as library:
-            library.impl("product_key_topk", product_key_topk, "CPU")
-            library.impl("keep_window_attention_", keep_window_attention_, "CPU")
+            for op in (wm_kernels.product_key_topk, wm_kernels.router_topk):
+                library.impl(op._name, partial(picks, op), "CPU")
+            for op in (wm_kernels.keep_window_attention_, wm_kernels.scored_attention_):
+                library.impl(op._name, partial(scores, op), "CPU")
             yield
 
     def _choices(self) -> Choices:
         """Tap name -> value recorded in the last call, for the names asked for."""
         found: dict[str, Array] = {}
-        for kind, values in self._seen.items():
-            names = [name for name in self._names if name.endswith(f".{kind}")]
-            if names:
-                found |= zip(names, values, strict=True)
-            self._seen[kind] = []
-        return found
+        for op, values in self._seen.items():
+            found |= zip(self._calls[op], values, strict=True)
+        self._seen = {}
+        return {name: value for name, value in found.items() if name in self._names}
 
 
 class OnnxRunner:
@@ -181,7 +172,7 @@ def _promoted(bundle: Bundle, graph: str, names: Iterable[str]) -> tuple[bytes, 
         output = f"{name.removesuffix('score_in')}out" if name.endswith(".score_in") else name
         if output not in makers:
             raise BundleError(f"{bundle.path / graph}: no value named {output!r}; export the bundle again with this version")
-        # The fourth input of keep-window attention is the score; see docs/design.md.
+        # The fourth input of attention with scores is the score; see docs/design.md.
         values[name] = makers[output].input[3] if name.endswith(".score_in") else name
     known = {value.name for value in model.graph.output}
     for name, value in values.items():

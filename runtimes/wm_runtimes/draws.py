@@ -58,10 +58,10 @@ class Runner(Protocol):
     """Something that can be fed draws: a session, or a run that also tells its choices."""
 
     def prefill(self, tokens_BT: Array, valid_B: Array, select_BS: Array) -> tuple[Array, Choices]:
-        """Start anew; logits [B, S, V] and the choices made [B, T, ...]."""
+        """Start anew; logits [B, S, V] and the choices made [B, T, ...], those of routers [B·T·R, k]."""
 
     def decode(self, tokens_B: Array) -> tuple[Array, Choices]:
-        """One token per row; logits [B, V] and the choices made [B, 1, ...]."""
+        """One token per row; logits [B, V] and the choices made [B, 1, ...], those of routers [B·R, k]."""
 
 
 class SessionRunner:
@@ -108,16 +108,21 @@ def run_draws(runner: Runner, draws: Draws) -> Trace:
     prompt_BP = draws.tokens_BT[:, : valid_B.max()]
     select_BP = np.minimum(np.arange(prompt_BP.shape[1]), valid_B[:, None] - 1)
     first_BPV, choices = runner.prefill(prompt_BP, valid_B, select_BP)
-    parts = [{"logits": first_BPV, **choices}]
+    parts = [{"logits": first_BPV, **by_token(choices, prompt_BP.shape)}]
     seconds = []
     for step in range(draws.steps):
         start = time.perf_counter()
         logits_BV, choices = runner.decode(draws.tokens_BT[rows, valid_B + step])
         seconds.append(time.perf_counter() - start)
-        parts.append({"logits": logits_BV[:, None], **choices})
+        parts.append({"logits": logits_BV[:, None], **by_token(choices, (len(rows), 1))})
     aligned = {name: _align(draws, [part[name] for part in parts]) for name in parts[0]}
     logits_BTV = aligned.pop("logits")
     return Trace(logits_BTV, aligned, tuple(seconds))
+
+
+def by_token(choices: Choices, shape: tuple[int, ...]) -> Choices:
+    """Choices of a router, which are flat over tokens and what each chooses side by side, as [B, T, R, k]; others as they are."""
+    return {name: value.reshape(*shape, -1, value.shape[-1]) if value.ndim == 2 else value for name, value in choices.items()}
 
 
 def _align(draws: Draws, parts: list[Array]) -> Array:

@@ -27,9 +27,10 @@ from wm_graph.taps import Taps
 from wm_graph.tolerances import FLOOR_ULPS, UNIT_ROUNDOFF, model_limit, score_budget
 from wm_runtimes import availability, open_session
 from wm_runtimes.bundle import Bundle
-from wm_runtimes.choices import EagerRunner, TellingSession, choice_names
-from wm_runtimes.draws import Array, Choices, Draws, Trace, make_draws, run_draws
-from wm_runtimes.selections import NOTHING_CHOSEN, Judgement, judge_experts, judge_window
+from wm_runtimes.choice_names import choice_names, op_of, options_of
+from wm_runtimes.choices import EagerRunner, TellingSession
+from wm_runtimes.draws import Array, Choices, Draws, Trace, by_token, make_draws, run_draws
+from wm_runtimes.selections import NOTHING_CHOSEN, Judgement, judge_experts, judge_router, judge_threshold, judge_window
 from wm_runtimes.session import Session
 
 Progress = Callable[[str, float], None]
@@ -165,28 +166,36 @@ class Oracle:
         return followed.logits_BTV, self.judge(draws, followed.choices, choices)
 
     def run(self, draws: Draws, replay: Choices | None = None) -> Trace:
-        """Logits after every token, and the oracle's queries, scores and experts; float64."""
+        """Logits after every token, and the oracle's queries, logits, scores and experts; float64."""
         wanted = set(choice_names(self.cfg, draws.tokens_BT.shape[1]))
-        wanted |= {_query_name(name) for name in wanted if name.endswith(".expert")}
+        wanted |= {_reason_name(name) for name in wanted}
         taps = Taps({name: torch.from_numpy(self._possible(name, value)) for name, value in (replay or {}).items()}, wanted.__contains__)
         logits_BTV, _ = oracle_forward(self.cfg, self.params, torch.from_numpy(draws.tokens_BT), taps=taps)
-        return Trace(logits_BTV.numpy(), {name: value.numpy() for name, value in taps.values.items()}, ())
+        values = {name: value.numpy() for name, value in taps.values.items()}
+        return Trace(logits_BTV.numpy(), by_token(values, draws.tokens_BT.shape), ())
 
     def judge(self, draws: Draws, own: Choices, choices: Choices) -> Judgement:
-        """The verdict on all choices of the draws, by the oracle's queries and scores in `own`."""
+        """The verdict on all choices of the draws, by the oracle's queries, logits and scores in `own`."""
         verdict = NOTHING_CHOSEN
         for name, value in choices.items():
-            if name.endswith(".expert"):
-                budget = score_budget("product_key_topk", self.dtype).relative
-                verdict += judge_experts(own[_query_name(name)], self._keys(name), value, budget, draws.mask_BT)
-            else:
-                budget = score_budget("keep_window_attention", self.dtype).relative
-                verdict += judge_window(own[name], value, self.cfg.keep_window, budget, draws.mask_BT)
+            verdict += self._judge(name, own[_reason_name(name)], value, draws.mask_BT)
         return verdict
+
+    def _judge(self, name: str, reason: Array, value: Array, mask_BT: Array) -> Judgement:
+        budget = score_budget(op_of(name), self.dtype).relative
+        match op_of(name):
+            case "product_key_topk":
+                return judge_experts(reason, self._keys(name), value, budget, mask_BT)
+            case "router_topk":
+                return judge_router(reason, value, budget, mask_BT)
+            case "keep_window_attention":
+                return judge_window(reason, value, self.cfg.keep_window, budget, mask_BT)
+            case _:
+                return judge_threshold(reason, value, self.cfg.dma_ratio or None, budget, mask_BT)
 
     def _possible(self, name: str, value: Array) -> Array:
         """Choices that can be replayed: experts out of range, which the judgement refuses, are brought back into it."""
-        return np.clip(value, 0, self.cfg.n_expert - 1) if name.endswith(".expert") else value
+        return np.clip(value, 0, options_of(self.cfg, name) - 1) if name.endswith(".expert") else value
 
     def _keys(self, name: str) -> Array:
         feed_forward = self.params.layers[int(name.split(".")[1])].feed_forward
@@ -194,8 +203,10 @@ class Oracle:
         return product_keys(self.cfg, feed_forward).detach().double().numpy()
 
 
-def _query_name(expert_name: str) -> str:
-    return expert_name.removesuffix("expert") + "query_in"
+def _reason_name(name: str) -> str:
+    """The tap by which a choice is made: its own, where that is what is told."""
+    reason = {"product_key_topk": "query_in", "router_topk": "logits_in"}.get(op_of(name))
+    return name.removesuffix("expert") + reason if reason else name
 
 
 def measure_parity(

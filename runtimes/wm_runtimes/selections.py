@@ -1,7 +1,7 @@
 """Judging choices as sets: a choice may differ from the oracle's only where the oracle's margin is inside the score budget. Needs no torch.
 
-B batch, T tokens, K kv heads, R retrieval heads, J sub-keys, d half a query's width, E experts, k picks, W kept keys,
-S steps, V vocabulary.
+B batch, T tokens, K kv heads, A score heads, R retrieval heads, J sub-keys, d half a query's width, E experts, k picks, W kept keys,
+S keys or steps, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -74,27 +74,27 @@ def judge_experts(query_BTR2d: Array, keys_RJ2d: Array, expert_BTRk: Array, budg
     return _pooled(excess_BTR[counts_BT], int(counts_BT.sum()) * expert_BTRk.shape[2] * k, int(new_BTRk[counts_BT].sum()))
 
 
-def judge_router(logits_BTE: Array, expert_BTk: Array, budget: float, mask_BT: Array | None = None) -> Judgement:
+def judge_router(logits_BTxE: Array, expert_BTxk: Array, budget: float, mask_BT: Array | None = None) -> Judgement:
     """Judge the picks of `router_topk` by the oracle's logits.
 
         shortfall = (k-th best logit) - (worst logit among the candidate's picks)
 
-    A token passes where shortfall <= budget * max |logit|, and its k picks are distinct experts.
+    A choice passes where shortfall <= budget * max |logit|, and its k picks are distinct experts.
 
     Args:
-        logits_BTE: the oracle's logits, float64.
-        expert_BTk: the candidate's picks.
+        logits_BTxE: the oracle's logits, float64; x is nothing, or the choices that a token makes side by side.
+        expert_BTxk: the candidate's picks.
         budget: fraction of the logits' scale; `tolerances.score_budget`.
         mask_BT: tokens that count; None for all.
     """
-    E, k = logits_BTE.shape[-1], expert_BTk.shape[-1]
-    best_BTk = np.argsort(-logits_BTE, axis=-1, kind="stable")[..., :k]
-    possible_BT = ((expert_BTk >= 0) & (expert_BTk < E)).all(-1) & _distinct(expert_BTk)
-    least_BT, worst_BT = (np.take_along_axis(logits_BTE, np.clip(pick_BTk, 0, E - 1), -1).min(-1) for pick_BTk in (best_BTk, expert_BTk))
-    excess_BT = np.where(possible_BT, _in_budgets(least_BT - worst_BT, budget * np.abs(logits_BTE).max(-1)), np.inf)
-    new_BTk = ~(expert_BTk[..., :, None] == best_BTk[..., None, :]).any(-1)
-    counts_BT = np.ones(expert_BTk.shape[:2], bool) if mask_BT is None else mask_BT
-    return _pooled(excess_BT[counts_BT], int(counts_BT.sum()) * k, int(new_BTk[counts_BT].sum()))
+    E, k = logits_BTxE.shape[-1], expert_BTxk.shape[-1]
+    best_BTxk = np.argsort(-logits_BTxE, axis=-1, kind="stable")[..., :k]
+    possible_BTx = ((expert_BTxk >= 0) & (expert_BTxk < E)).all(-1) & _distinct(expert_BTxk)
+    least_BTx, worst_BTx = (np.take_along_axis(logits_BTxE, np.clip(pick, 0, E - 1), -1).min(-1) for pick in (best_BTxk, expert_BTxk))
+    excess_BTx = np.where(possible_BTx, _in_budgets(least_BTx - worst_BTx, budget * np.abs(logits_BTxE).max(-1)), np.inf)
+    new_BTxk = ~(expert_BTxk[..., :, None] == best_BTxk[..., None, :]).any(-1)
+    counts_BT = np.ones(expert_BTxk.shape[:2], bool) if mask_BT is None else mask_BT
+    return _pooled(excess_BTx[counts_BT], expert_BTxk[counts_BT].size, int(new_BTxk[counts_BT].sum()))
 
 
 def judge_window(score_BTK: Array, candidate_BTK: Array, window: int, budget: float, mask_BT: Array | None = None) -> Judgement:
@@ -140,6 +140,48 @@ def kept_keys(score_BTK: Array, window: int) -> Array:
     ranked_BKTS = np.cumsum(above_BKSO, -1).swapaxes(-1, -2)
     kept: Array = visible_TS & (ranked_BKTS < window)
     return kept
+
+
+def judge_threshold(score_BTA: Array, candidate_BTA: Array, ratio: float | None, budget: float, mask_BT: Array | None = None) -> Judgement:
+    """Judge the keys that `scored_attention` hides by the candidate's scores, in scoring "binary" or "ratio", by the oracle's scores.
+
+        shortfall = |oracle score of a key seen by one of the two - the oracle's threshold|
+
+    A query passes where shortfall <= budget * max |score of a visible key|.
+
+    Args:
+        score_BTA: the oracle's score of every key, in order of position.
+        candidate_BTA: the candidate's.
+        ratio: the share of keys that is hidden; None where the threshold is 1.
+        budget: fraction of the scores' scale; `tolerances.score_budget`.
+        mask_BT: queries that count, as for `judge_window`; None for all.
+    """
+    (own_BATS, least_BAT1), (made_BATS, _) = seen_keys(score_BTA, ratio), seen_keys(candidate_BTA, ratio)
+    if mask_BT is not None:
+        own_BATS, made_BATS = (seen & mask_BT[:, None, :, None] for seen in (own_BATS, made_BATS))
+    differs_BATS, score_BAS = own_BATS != made_BATS, np.moveaxis(score_BTA, -1, 1)
+    shortfall_BATS = np.abs(score_BAS[:, :, None, :] - least_BAT1)
+    allowed_BAT1 = budget * np.maximum.accumulate(np.abs(score_BAS), -1)[..., None]
+    excess = _in_budgets(shortfall_BATS, np.broadcast_to(allowed_BAT1, shortfall_BATS.shape))[differs_BATS]
+    return _pooled(excess, int(made_BATS.sum()), int((made_BATS & ~own_BATS).sum() + (own_BATS & ~made_BATS).sum()))
+
+
+def seen_keys(score_BTA: Array, ratio: float | None) -> tuple[Array, Array]:
+    """Which keys each query sees, bool [B, A, T queries, T keys], and the least score that it sees, [B, A, T, 1].
+
+    That is 1, or with a ratio the m-th smallest of the n keys at or before the query, m = floor(ratio n); with m = 0 every score is seen.
+    """
+    score_BAS = np.moveaxis(score_BTA, -1, 1)
+    place = np.arange(score_BAS.shape[-1])
+    visible_TS = place[:, None] >= place
+    if ratio is None:
+        least_BAT1 = np.ones((*score_BAS.shape, 1))
+    else:
+        sorted_BATS = np.sort(np.where(visible_TS, score_BAS[:, :, None, :], np.inf), -1)
+        m_T1 = np.floor(ratio * (place + 1.0)).astype(np.int64)[:, None]
+        index_BAT1 = np.broadcast_to(np.maximum(m_T1 - 1, 0), (*score_BAS.shape, 1))
+        least_BAT1 = np.where(m_T1 > 0, np.take_along_axis(sorted_BATS, index_BAT1, -1), -np.inf)
+    return visible_TS & (score_BAS[:, :, None, :] >= least_BAT1), least_BAT1
 
 
 @dataclass(frozen=True)

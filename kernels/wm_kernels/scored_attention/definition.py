@@ -34,6 +34,7 @@ def scored_attention_reference(
     valid_B: Tensor | None,
     scoring: str,
     ratio: float,
+    rank_BTA: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Write the new keys, values and scores into the cache, then attend causally, by the scores too.
 
@@ -60,6 +61,7 @@ def scored_attention_reference(
             their keys go to cells past the valid ones, which are undefined.
         scoring: "additive", "binary" or "ratio".
         ratio: share of the keys to rank, 0 <= ratio <= 1; ratio · n is computed in float64. Read in scoring "ratio" only.
+        rank_BTA: hides keys in place of score, for an oracle that replays another runtime's choices; only without a cache.
 
     Returns:
         (out_BTHP, cache_k_BKSP, cache_v_BKSP) in the dtype of q and cache_score_BAS in that of score; without a cache the last
@@ -79,7 +81,8 @@ def scored_attention_reference(
     if cache_k_BKSP is None or cache_v_BKSP is None or cache_score_BAS is None or position_B is None:
         empty_k, empty_v, empty_score = (token.new_empty((*token.shape[:2], 0, *token.shape[3:])) for token in tokens)
         start_B = torch.zeros(q_BTHP.shape[0], dtype=torch.int64, device=q_BTHP.device)
-        return _attend(q_BTHP, *tokens, start_B, scoring, ratio), empty_k, empty_v, empty_score
+        rank_BAT = None if rank_BTA is None else rank_BTA.transpose(1, 2)
+        return _attend(q_BTHP, *tokens, start_B, scoring, ratio, rank_BAT), empty_k, empty_v, empty_score
     cell_BT = _cells(q_BTHP, position_B)
     cache_k, cache_v, cache_score = (
         cache.scatter(2, _like(cell_BT, token), token)
@@ -98,21 +101,31 @@ def _like(cell_BT: Tensor, token: Tensor) -> Tensor:
     return (cell_B1T if token.dim() == 3 else cell_B1T.unsqueeze(-1)).expand_as(token)
 
 
-def _attend(q_BTHP: Tensor, k_BKLP: Tensor, v_BKLP: Tensor, score_BAL: Tensor, position_B: Tensor, scoring: str, ratio: float) -> Tensor:
-    """Attend to cells 0 .. position + t of the first L = the largest position + T, or more."""
+def _attend(
+    q_BTHP: Tensor,
+    k_BKLP: Tensor,
+    v_BKLP: Tensor,
+    score_BAL: Tensor,
+    position_B: Tensor,
+    scoring: str,
+    ratio: float,
+    rank_BAL: Tensor | None = None,
+) -> Tensor:
+    """Attend to cells 0 .. position + t of the first L = the largest position + T, or more; hidden by rank where it is given."""
+    by_BAL = score_BAL if rank_BAL is None else rank_BAL
     (B, T, H, _), L = q_BTHP.shape, k_BKLP.shape[2]
     acc = acc_dtype(q_BTHP.dtype)
     k_BKLP, v_BKLP, last_BT = k_BKLP.to(acc), v_BKLP.to(acc), _cells(q_BTHP, position_B)
-    ranking = _Ranking(score_BAL, ratio) if scoring == "ratio" else None
+    ranking = _Ranking(by_BAL, ratio) if scoring == "ratio" else None
     parts = []
     for t, end in spans(T, B * H * L, MASK_ELEMENTS):
         near = L - T + end  # no query before `end` sees a later cell
         last_B1Q1 = last_BT[:, None, t:end, None]
         visible_BAQL = torch.arange(near, device=last_BT.device) <= last_B1Q1
         if scoring == "binary":
-            visible_BAQL = visible_BAQL & (score_BAL[:, :, None, :near] >= 1)
+            visible_BAQL = visible_BAQL & (by_BAL[:, :, None, :near] >= 1)
         if ranking is not None:
-            visible_BAQL = visible_BAQL & (score_BAL[:, :, None, :near] >= ranking.least(last_B1Q1))
+            visible_BAQL = visible_BAQL & (by_BAL[:, :, None, :near] >= ranking.least(last_B1Q1))
         bias_BA1L = None if scoring == "binary" else score_BAL[:, :, None, :near]
         parts.append(_attend_span(q_BTHP[:, t:end].to(acc), k_BKLP[:, :, :near], v_BKLP[:, :, :near], visible_BAQL, bias_BA1L))
     return torch.cat(parts, 1).to(q_BTHP.dtype)
