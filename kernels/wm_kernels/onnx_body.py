@@ -25,6 +25,7 @@ FLOAT16 = int(TensorProto.FLOAT16)
 INT32 = int(TensorProto.INT32)
 INT64 = int(TensorProto.INT64)
 BOOL = int(TensorProto.BOOL)
+UINT8 = int(TensorProto.UINT8)
 
 Flavour = Literal["portable", "ort"]
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from wm_kernels.onnx_body import FLOAT, INT64, Body, Flavour, Value, single
+from wm_kernels.onnx_body import FLOAT, INT64, UINT8, Body, Flavour, Value, single
 from wm_kernels.onnx_schema import FLOAT32, FLOAT_T, size, wm_op
 from wm_kernels.onnx_schema import INT64 as INT64_T
 
@@ -174,7 +174,19 @@ class _Node:
             self._replace(slot, new, slot_BK1P, g.unsqueeze(enters_BK1, 3))
             for slot, new in ((self.slot_k, self.k_BTKP), (self.slot_v, self.v_BTKP))
         )
-        return self.attend(next_k, next_v, next_score, self.W), next_k, next_v, next_score, next_position
+        return self._attend_to_used(next_k, next_v, next_score, next_position), next_k, next_v, next_score, next_position
+
+    def _attend_to_used(self, k_BKWP: Value, v_BKWP: Value, score_BKW: Value, position_BKW: Value) -> Value:
+        """One token's attention; while the window fills, over the slots up to the last one in use, so that a large window costs nothing."""
+        g = self.g
+        last_BK = g.ArgMax(g.Cast(position_BKW >= 0, to=UINT8), axis=2, keepdims=0, select_last_index=1)
+        used, W = g.reshape(g.ReduceMax(last_BK, keepdims=0) + 1, 1), g.dim(score_BKW, 2)
+
+        def of_used() -> list[Value]:
+            return [self.attend(*(g.slice(x, 0, used, 2) for x in (k_BKWP, v_BKWP, score_BKW)), used)]
+
+        (out,) = g.branch(used < W, [g.dtype], of_used, lambda: [self.attend(k_BKWP, v_BKWP, score_BKW, W)])
+        return out
 
     def _replace(self, slots: Value, new_BTKP: Value, slot_BK1P: Value, enters_BK11: Value) -> Value:
         g = self.g
