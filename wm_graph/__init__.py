@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from wm_graph.module import Model
     from wm_graph.params import Params, init_params
     from wm_graph.state import State, zero_state
+    from wm_graph.upcycling import upcycle
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ _HOME = {
     "Model": "module",
     "load_checkpoint": "checkpoints",
     "save_checkpoint": "checkpoints",
+    "upcycle": "upcycling",
 }
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "init_params",
     "load_checkpoint",
     "save_checkpoint",
+    "upcycle",
     "zero_state",
 ]
 

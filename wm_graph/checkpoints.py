@@ -82,7 +82,7 @@ def load_checkpoint(directory: str | Path, dtype: torch.dtype | None = None) -> 
         ConfigError: config.json is not a ModelConfig.
     """
     directory = Path(directory)
-    cfg = ModelConfig.from_json(_read_text(directory / "config.json", "a checkpoint folder has config.json and model.safetensors"))
+    cfg = ModelConfig.from_json(read_text(directory / "config.json", "a checkpoint folder has config.json and model.safetensors"))
     return cfg, params_from_flat(cfg, load_tensors(directory, dtype))
 
 
@@ -119,7 +119,7 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file, or CheckpointError naming it."""
-    text = _read_text(file, "it belongs to the checkpoint")
+    text = read_text(file, "it belongs to the checkpoint")
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: bad syntax, or a number of absurd length
@@ -146,7 +146,8 @@ def _shards(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def _read_text(file: Path, hint: str) -> str:
+def read_text(file: Path, hint: str) -> str:
+    """The text of a file, or CheckpointError naming it; `hint` says why it should be there."""
     try:
         return file.read_text(encoding="utf-8")
     except FileNotFoundError as error:

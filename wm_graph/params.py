@@ -194,11 +194,12 @@ def init_params(cfg: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.floa
         arXiv:2412.11834, reference initialisation; keys as arXiv:2407.04153; dt_bias and convolutions as arXiv:2312.00752.
     """
     generator = torch.Generator().manual_seed(seed)
-    tensors = {name: _draw(name.rsplit(".", 1)[-1], shape, generator) for name, shape in parameter_shapes(cfg).items()}
+    tensors = {name: draw(name.rsplit(".", 1)[-1], shape, generator) for name, shape in parameter_shapes(cfg).items()}
     return cast_params(params_from_flat(cfg, tensors), dtype)
 
 
-def _draw(leaf: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def draw(leaf: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """A new float32 parameter, by the last part of its name; see `init_params`."""
     if leaf == "A_log":
         return torch.log(torch.arange(1, shape[-1] + 1, dtype=torch.float64)).float().expand(shape).clone()
     if leaf == "dt_bias":
