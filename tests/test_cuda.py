@@ -9,7 +9,7 @@ from wm_graph.params import map_tensors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 
-PRESETS = ("cheems-tiny", "cheems-tiny-moe", "llama-tiny")
+PRESETS = ("cheems-tiny", "cheems-tiny-moe", "cheems-2407-tiny", "llama-tiny", "mamba2-tiny", "jamba-tiny")
 
 
 @pytest.fixture(autouse=True)
@@ -51,13 +51,14 @@ def test_gradients_on_cuda_equal_those_on_the_cpu(preset):
     for device in ("cpu", "cuda"):
         leaves = map_tensors(params, lambda _, tensor, device=device: tensor.detach().to(device).requires_grad_())
         forward(cfg, leaves, tokens.to(device))[0].square().mean().backward()
-        gradients.append(torch.cat([leaves.embedding.grad.flatten(), leaves.layers[-1].mixer.qkv.grad.flatten()]).cpu())
+        gradients.append(torch.cat([leaves.embedding.grad.flatten(), leaves.layers[-1].mixer_norm.grad.flatten()]).cpu())
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 1 - 1e-5
 
 
+@pytest.mark.parametrize("preset", ["cheems-tiny", "mamba2-tiny"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_runs_on_cuda_near_the_oracle(dtype):
-    cfg = ModelConfig.preset("cheems-tiny")
+def test_half_precision_runs_on_cuda_near_the_oracle(preset, dtype):
+    cfg = ModelConfig.preset(preset)
     params = init_params(cfg, seed=1, dtype=dtype)
     tokens = torch.randint(0, cfg.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
     expected, _ = oracle_forward(cfg, params, tokens)

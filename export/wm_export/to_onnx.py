@@ -100,7 +100,8 @@ def _softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
     """x above the threshold, where runtimes may overflow; the exporter's own translation multiplies and divides by beta, which is 1 here."""
     if beta != 1.0:
         raise ExportError(f"ONNX export: softplus with beta {beta}, expected 1")
-    return opset23.Where(opset23.Greater(x, opset23.CastLike(opset23.Constant(value_float=threshold), x)), x, opset23.Softplus(x))
+    op: Any = opset23  # its stubs know tensors by element type, which a traced value does not tell
+    return op.Where(op.Greater(x, op.CastLike(op.Constant(value_float=threshold), x)), x, op.Softplus(x))
 
 
 def _fold_shapes(model: ir.Model) -> None:

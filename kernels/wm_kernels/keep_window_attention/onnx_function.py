@@ -183,7 +183,8 @@ class _Node:
         used, W = g.reshape(g.ReduceMax(last_BK, keepdims=0) + 1, 1), g.dim(score_BKW, 2)
 
         def of_used() -> list[Value]:
-            return [self.attend(*(g.slice(x, 0, used, 2) for x in (k_BKWP, v_BKWP, score_BKW)), used)]
+            k_BKUP, v_BKUP, score_BKU = (g.slice(x, 0, used, 2) for x in (k_BKWP, v_BKWP, score_BKW))
+            return [self.attend(k_BKUP, v_BKUP, score_BKU, used)]
 
         (out,) = g.branch(used < W, [g.dtype], of_used, lambda: [self.attend(k_BKWP, v_BKWP, score_BKW, W)])
         return out
