@@ -32,7 +32,8 @@ def attention_rope_reference(
 
     Args:
         qkv_BTC: all query heads, then all key heads, then all value heads, not yet rotated; any float dtype.
-        cos_BTF: cosines from `rope_angles`; 2F <= P; the first 2F entries of queries and keys are rotated as in `rope`.
+        cos_BTF: cosines from `rope_angles`; 2F <= P; the first 2F entries of queries and keys are rotated as in `rope`. Equal positions
+            have equal angles in all rows, which holds but for dynamic scaling: the onnxruntime body has one table for all.
         sin_BTF: sines from `rope_angles`.
         cache_k_BKSP: rotated keys so far, or None. Cells at or past the position are undefined but must be finite.
         cache_v_BKSP: values so far, or None.
