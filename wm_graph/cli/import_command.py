@@ -11,7 +11,9 @@ from wm_graph.cli.console import human_count, print_json, progress_bar
 
 
 def command(
-    source: Annotated[Path, typer.Argument(help="A .gguf file (Llama family) or a Hugging Face folder (Llama, dense Doge, Mamba2, Jamba, Bamba).")],
+    source: Annotated[
+        Path, typer.Argument(help="A .gguf file (Llama family) or a Hugging Face folder (Llama, Doge, Mamba2, Jamba, Bamba).")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The new checkpoint folder.")],
     dtype: Annotated[
         Literal["keep", "fp32", "fp16", "bf16"], typer.Option(help="Dtype of the parameters; keep makes fp32 of quantised ones.")

@@ -18,9 +18,11 @@ def _read(fields: Fields, values: Values) -> Values:
         head_dim = fields.integer("mamba_expand", 2) * values["d_model"] // max(heads, 1)
     else:
         head_dim = fields.integer("mamba_d_head")
-    check_width(fields, {**values, "ssd_head_dim": head_dim}, "mamba_expand")
+    layers = _read_layers(fields)
+    if any(mixer == "mamba2" for mixer, _ in layers):
+        check_width(fields, {**values, "ssd_head_dim": head_dim}, "mamba_expand")
     return {
-        "layers": _read_layers(fields),
+        "layers": layers,
         "ssd_head_dim": head_dim,
         "ssd_rope": False,
         **read_step_limits(fields),
@@ -54,13 +56,11 @@ def _write(cfg: ModelConfig) -> Values:
     width = cfg.rotary_dim or cfg.head_dim
     share = width / cfg.head_dim
     values["rope_parameters"][_FACTOR] = share if int(cfg.head_dim * share) == width else math.nextafter(share, 1.0)
-    return {
-        **values,
-        "attn_layer_indices": [index for index, (mixer, _) in enumerate(cfg.layers) if mixer == "attention"],
-        "mamba_expand": cfg.ssd_head * cfg.ssd_head_dim // cfg.d_model,
-        "mamba_d_head": cfg.ssd_head_dim,
-        **write_step_limits(cfg),
-    }
+    attends = [index for index, (mixer, _) in enumerate(cfg.layers) if mixer == "attention"]
+    heads = {"mamba_expand": cfg.ssd_head * cfg.ssd_head_dim // cfg.d_model, "mamba_d_head": cfg.ssd_head_dim}
+    if len(attends) == len(cfg.layers):  # no layer has these heads, yet transformers wants sizes that agree
+        heads = {"mamba_expand": 1, "mamba_n_heads": 1, "mamba_d_head": cfg.d_model}
+    return {**values, **heads, "attn_layer_indices": attends, **write_step_limits(cfg)}
 
 
 HUGGING_FACE = Family(

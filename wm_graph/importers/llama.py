@@ -3,6 +3,7 @@
 import numpy as np
 
 from wm_graph.config import ModelConfig
+from wm_graph.errors import CheckpointError
 from wm_graph.importers.family import Family, Same, Values, build_config
 from wm_graph.importers.fields import Fields
 from wm_graph.importers.rope import read_gguf_scaling, read_rope, write_rope
@@ -122,6 +123,12 @@ def _check_gguf_keys(fields: Fields, vocab_size: int) -> None:
         raise fields.unsupported(unknown[0], "no such key")
 
 
+def _write(cfg: ModelConfig) -> Values:
+    if cfg.d_model % cfg.n_head:  # transformers refuses it, though head_dim stands in config.json
+        raise CheckpointError(f"d_model {cfg.d_model} is not a multiple of n_head {cfg.n_head}")
+    return write_rope(cfg)
+
+
 HUGGING_FACE = Family(
     kind="llama",
     architecture="LlamaForCausalLM",
@@ -149,5 +156,5 @@ HUGGING_FACE = Family(
     ),
     fixed={"hidden_act": "silu"},
     read=lambda fields, values: read_layers(fields, "attention"),
-    write=write_rope,
+    write=_write,
 )
