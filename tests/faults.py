@@ -24,8 +24,8 @@ def one_percent_off(weight: torch.Tensor) -> torch.Tensor:
     return weight * 1.01
 
 
-def noisy(weight: torch.Tensor) -> torch.Tensor:
-    return weight + 0.02 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+def noisy(weight: torch.Tensor, share: float = 0.02) -> torch.Tensor:
+    return weight + share * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
 
 
 def onnx_reads_another_weight(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -22,9 +22,9 @@ from wm_runtimes.parity import Oracle
 LIMIT = 1e-4  # max abs on float32 logits of scale about 1
 
 
-def _cut(name: str, layers: slice, /, **changes: object) -> ModelConfig:
+def _cut(name: str, layers: slice, /, **changes: Any) -> ModelConfig:
     cfg = ModelConfig.preset(name)
-    return replace(cfg, layers=cfg.layers[layers], **changes)  # type: ignore[arg-type]
+    return replace(cfg, **({"layers": cfg.layers[layers]} | changes))
 
 
 MODELS: dict[str, ModelConfig] = {
@@ -37,11 +37,27 @@ MODELS: dict[str, ModelConfig] = {
     "llama-20m widths": _cut("llama-20m", slice(0, 2), vocab_size=1024, n_kv_head=2),
 }
 
-# The tiny model of every family of presets; Doge has no tiny preset.
+# The tiny model of every family, with a window that long inputs overflow; Doge has no tiny preset, Bamba has no preset.
 _doge = _cut("doge-20m", slice(0, 3), name="doge-tiny", vocab_size=512, d_model=64, d_ff=128, n_head=4, n_kv_head=2, head_dim=16)
+_bamba = _cut("mamba2-tiny", slice(0, 2), name="bamba-tiny", layers=(("mamba2", "mlp"), ("attention", "mlp")), d_ff=128, ssd_group=2)
 FAMILIES: dict[str, ModelConfig] = {
-    **{name: cfg for name, cfg in PRESETS.items() if "-tiny" in name},
+    **{name: replace(cfg, keep_window=24) for name, cfg in PRESETS.items() if "-tiny" in name},
     "doge-tiny": replace(_doge, keep_window=24),
+    "bamba-tiny": replace(_bamba, n_head=4, n_kv_head=2, head_dim=16, rotary_dim=8, dt_min=0.001),
+}
+DTYPES = ("fp32", "fp16")  # of the bundles of all families
+# What the compiled runtime is compared on: a layer of each kind, because compiling takes its time.
+COMPILED_FAMILIES: dict[str, ModelConfig] = {
+    name: replace(FAMILIES[name], layers=layers, vocab_size=64)
+    for name, layers in (
+        ("cheems-tiny-moe", (("ssd", "mlp"), ("dynamic_mask_attention", "cdmoe"))),
+        ("cheems-2407-tiny", (("inner_function_attention", "cdmoe"),)),
+        ("llama-tiny", (("attention", "mlp"),)),
+        ("mamba2-tiny", (("mamba2", "none"),)),
+        ("jamba-tiny", (("mamba1", "moe"), ("attention", "mlp"))),
+        ("doge-tiny", (("dynamic_mask_attention", "mlp"),)),
+        ("bamba-tiny", (("mamba2", "mlp"), ("attention", "mlp"))),
+    )
 }
 # What test_model.py, test_export.py and test_sessions_model.py ran before these came.
 NEW_FAMILIES = ("cheems-2407-tiny", "mamba2-tiny", "jamba-tiny", "doge-tiny")
@@ -68,7 +84,7 @@ _OPTIONS: tuple[tuple[str, tuple[tuple[str, str], ...], dict[str, Any]], ...] = 
     ),
     (
         "ratio, shared_expert_isolated, mamba1 as published",
-        (("dynamic_mask_attention", "moe"), ("mamba1", "none")),
+        (("mamba1", "none"), ("dynamic_mask_attention", "moe")),  # a first layer gives equal tokens equal scores
         {"dma_mask": "ratio", "dma_ratio": 0.4, "moe_form": "shared_expert_isolated", "mamba_bias": True, "conv_bias": False},
     ),
     (

@@ -14,11 +14,11 @@ import torch
 from safetensors.numpy import load_file
 
 import wm_export.to_onnx
-from helpers import LIMIT, Judge, lively_params, random_tokens
+from helpers import FAMILIES, LIMIT, NEW_FAMILIES, OPTIONS, Judge, random_tokens, sharp_params
 from wm_export import export_bundle, export_into
 from wm_graph import ModelConfig, forward, init_params, load_checkpoint, save_checkpoint, zero_state
 from wm_graph.errors import CheckpointError, ExportError
-from wm_graph.params import Params, map_tensors
+from wm_graph.params import Params
 from wm_graph.shapes import state_leaves
 from wm_graph.state import state_from_flat, state_to_flat
 from wm_graph.taps import Taps
@@ -30,7 +30,8 @@ def shaped(preset: str, **changes: object) -> ModelConfig:
     return replace(cfg, layers=cfg.layers[:8], keep_window=24, **changes)
 
 
-CONFIGS = {"cheems-tiny-moe": shaped("cheems-tiny-moe"), "llama-tiny": shaped("llama-tiny")}
+CONFIGS = {name: FAMILIES[name] for name in ("cheems-tiny-moe", "llama-tiny")}
+EVERY_FAMILY = CONFIGS | {name: FAMILIES[name] for name in NEW_FAMILIES}
 OTHERS = {
     "cheems-tiny": shaped("cheems-tiny"),
     "cheems-20m widths": shaped("cheems-20m", vocab_size=1024),
@@ -43,47 +44,34 @@ ONE_OF_EACH = ModelConfig(
 )  # fmt: skip
 FILES = ("model.onnx", "model.ort.onnx")
 STATE_TAPS = [
-    ("ssd_scan_rope", "state"),
+    *((op, "state") for op in ("ssd_scan", "ssd_scan_rope", "selective_scan", "causal_conv1d")),
     *((op, leaf) for op in ("attention", "attention_rope") for leaf in ("k", "v")),
     *(("keep_window_attention", leaf) for leaf in ("k", "v", "score", "slot_position")),
 ]
 
 
-# With these seeds no choice of experts or keys changes under relative noise of 2e-6 in all weights: every runtime chooses alike.
-SEEDS = {"cheems-20m-moe": 4}
-SEED = 1
-
-
-@cache
-def sharp_params(cfg: ModelConfig) -> Params:
-    """Lively parameters whose window scores lie so far apart that rounding does not reorder them."""
-    params = lively_params(cfg, SEEDS.get(cfg.name, SEED))
-    return map_tensors(params, lambda name, tensor: tensor * 20 if name.endswith("mixer.dt") else tensor)
-
-
-def made(root: Path, cfg: ModelConfig) -> tuple[Path, Path]:
-    """(checkpoint, bundle) of a configuration."""
-    save_checkpoint(root / "checkpoint", cfg, sharp_params(cfg))
-    export_bundle(root / "checkpoint", root / "bundle")
-    return root / "checkpoint", root / "bundle"
-
-
 @pytest.fixture(scope="session", params=CONFIGS)
-def exported(request, tmp_path_factory) -> tuple[Path, Path]:
+def exported(request, made) -> tuple[Path, Path]:
     """(checkpoint, bundle) of a tiny model, exported once."""
-    return made(tmp_path_factory.mktemp("export"), CONFIGS[request.param])
+    return made(CONFIGS[request.param])
 
 
 @pytest.fixture(scope="session", params=OTHERS)
-def other(request, tmp_path_factory) -> tuple[Path, Path]:
+def other(request, made) -> tuple[Path, Path]:
     """(checkpoint, bundle) of models that are run but not taken apart."""
-    return made(tmp_path_factory.mktemp("other"), OTHERS[request.param])
+    return made(OTHERS[request.param])
+
+
+@pytest.fixture(scope="session", params=EVERY_FAMILY)
+def family(request, made) -> tuple[Path, Path]:
+    """(checkpoint, bundle) of a tiny model of every family."""
+    return made(EVERY_FAMILY[request.param])
 
 
 @pytest.fixture(scope="session")
-def one_of_each(tmp_path_factory) -> tuple[Path, Path]:
-    """(checkpoint, bundle) of the smallest model that has every op."""
-    return made(tmp_path_factory.mktemp("each"), ONE_OF_EACH)
+def one_of_each(made) -> tuple[Path, Path]:
+    """(checkpoint, bundle) of the smallest model of a Cheems that has every op of it."""
+    return made(ONE_OF_EACH)
 
 
 def random_inputs(cfg: ModelConfig, batch: int, tokens: int, capacity: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -169,8 +157,8 @@ def test_models_here_have_logits_of_scale_one_and_keep_keys_by_score(name):
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65, 257])
-def test_onnx_equals_eager_then_decodes_on(exported, file, batch, tokens):
-    assert_onnx_equals_eager(exported, file, batch, tokens)
+def test_onnx_equals_eager_then_decodes_on(family, file, batch, tokens):
+    assert_onnx_equals_eager(family, file, batch, tokens)
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -194,8 +182,8 @@ def evaluator(bundle: Path) -> onnx.reference.ReferenceEvaluator:
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_reference_evaluator_runs_the_portable_file(exported, tokens):
-    checkpoint, bundle = exported
+def test_reference_evaluator_runs_the_portable_file(family, tokens):
+    checkpoint, bundle = family
     cfg, params = load_checkpoint(checkpoint)
     inputs = random_inputs(cfg, 2, tokens, capacity=9, seed=tokens)
     assert_same_logits(inputs, evaluator(bundle).run(["logits"], inputs)[0], eager_outputs(cfg, params, inputs)["logits"])
@@ -209,8 +197,15 @@ def test_reference_evaluator_equals_eager_at_every_length(one_of_each, batch, to
         assert_same_logits(inputs, evaluator(bundle).run(["logits"], inputs)[0], expected)
 
 
-def test_capacity_of_one_runs(exported):
-    checkpoint, bundle = exported
+@pytest.mark.parametrize("name", OPTIONS)
+def test_reference_evaluator_equals_eager_for_every_option(made, name):
+    checkpoint, bundle = made(OPTIONS[name])
+    for inputs, expected in eager_calls(checkpoint, 2, 9)[:2]:
+        assert_same_logits(inputs, evaluator(bundle).run(["logits"], inputs)[0], expected)
+
+
+def test_capacity_of_one_runs(family):
+    checkpoint, bundle = family
     cfg, params = load_checkpoint(checkpoint)
     inputs = random_inputs(cfg, 1, 1, capacity=1)
     for file in FILES:
@@ -218,8 +213,8 @@ def test_capacity_of_one_runs(exported):
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_file_passes_the_full_checker_and_names_no_machine(exported, file):
-    _, bundle = exported
+def test_file_passes_the_full_checker_and_names_no_machine(family, file):
+    _, bundle = family
     onnx.checker.check_model(str(bundle / file), full_check=True)
     data = (bundle / file).read_bytes()
     assert len(data) < 5_000_000
@@ -228,8 +223,8 @@ def test_file_passes_the_full_checker_and_names_no_machine(exported, file):
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_every_op_is_a_wm_node_with_a_body(exported, file):
-    _, bundle = exported
+def test_every_op_is_a_wm_node_with_a_body(family, file):
+    _, bundle = family
     model = onnx.load(bundle / file, load_external_data=False)
     nodes = {node.op_type for node in model.graph.node if node.domain == "wm"}
     assert nodes == {function.name for function in model.functions}
@@ -265,8 +260,8 @@ def test_two_exports_are_byte_equal(exported, tmp_path):
         assert (bundle / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
 
 
-def test_every_tap_name_is_a_value_of_the_graph(exported):
-    checkpoint, bundle = exported
+def test_every_tap_name_is_a_value_of_the_graph(family):
+    checkpoint, bundle = family
     cfg, params = load_checkpoint(checkpoint)
     taps = Taps()
     with torch.no_grad():

@@ -21,6 +21,7 @@ MODELS = {
     "doge-untied": (make_doge, {"tie_word_embeddings": False}),
     "doge-no-window": (make_doge, {"keep_window_size": 64}),
 }
+GGUF = ("llama",)  # what GGUF files here hold
 
 
 @pytest.fixture(params=MODELS)

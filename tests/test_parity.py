@@ -70,16 +70,6 @@ def test_half_precision_passes_with_choices_of_its_own(half_folder: Path) -> Non
     assert 0 < report.rows[0].choice_rate < report.rows[0].choice_rate_limit
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch warns about itself
-def test_compiled_passes_and_tells_its_choices(tmp_path: Path) -> None:
-    cfg = replace(CONFIG, layers=(("ssd", "mlp"), ("dynamic_mask_attention", "cdmoe")))
-    save_checkpoint(tmp_path / "model", cfg, lively_params(cfg))
-    export_bundle(tmp_path / "model", tmp_path / "bundle")
-    torch._dynamo.reset()
-    report = measure_parity(open_bundle(tmp_path / "bundle"), ["compiled"], draws=2, longest_prompt=30, decode_steps=3)
-    assert report.passed, report
-
-
 def test_equal_seeds_measure_the_same(folder: Path) -> None:
     first, second = (measure_parity(open_bundle(folder), ["eager"], draws=2, seed=3, longest_prompt=9, decode_steps=1) for _ in range(2))
     assert replace(first.rows[0], tokens_per_s=0.0) == replace(second.rows[0], tokens_per_s=0.0)

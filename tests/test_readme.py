@@ -26,6 +26,13 @@ def test_readme_preset_table_is_the_presets():
     assert rows == expected
 
 
+def test_readme_support_table_is_what_the_tests_run():
+    pytest.importorskip("transformers")
+    from support import table
+
+    assert table() in (ROOT / "README.md").read_text(encoding="utf-8"), "run: python tests/support.py"
+
+
 def test_readme_python_runs():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert blocks
