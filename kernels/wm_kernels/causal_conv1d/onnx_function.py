@@ -41,7 +41,7 @@ def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionP
         y_BTC, next_BCY = wide_BTC * weight_LC, g.Identity(state_BCY)
     else:
         x_BSC = g.Concat(g.transpose(state_BCY, 0, 2, 1), wide_BTC, axis=1)
-        y_BTC = _filter(g, x_BSC, weight_LC, L, g.dim(x_BTC, 1))
+        y_BTC = _filter(g, x_BSC, weight_LC, L)
         index_BY = g.unsqueeze(valid_B, 1) + list(range(L - 1))
         next_BCY = g.transpose(g.GatherND(x_BSC, g.unsqueeze(index_BY, 2), batch_dims=1), 0, 2, 1)
     if "bias_C" not in one["absent"]:
@@ -49,11 +49,12 @@ def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionP
     return g.function({"y_BTC": g.narrow(_activate(g, one["activation"], y_BTC)), "next_BCY": next_BCY})
 
 
-def _filter(g: Body, x_BSC: Value, weight_LC: Value, L: int, T: Value) -> Value:
+def _filter(g: Body, x_BSC: Value, weight_LC: Value, L: int) -> Value:
     taps_1C = g.Split(weight_LC, [1] * L, axis=0, outs=L)
-    total_BTC = g.slice(x_BSC, 0, T, 1) * taps_1C[0]
+    total_BTC = g.slice(x_BSC, 0, 1 - L, 1) * taps_1C[0]
     for tap in range(1, L):
-        total_BTC = total_BTC + g.slice(x_BSC, tap, T + tap, 1) * taps_1C[tap]
+        # Ends counted from the back are constants, whatever T is.
+        total_BTC = total_BTC + g.slice(x_BSC, tap, tap + 1 - L or 2**62, 1) * taps_1C[tap]
     return total_BTC
 
 
