@@ -177,7 +177,8 @@ def _scored_attention(arguments: tuple[Any, ...], context: Context, scope: str) 
     rank_BTA = None if context.taps is None else context.taps.rank(scope, "scored_attention", arguments[3])
     if rank_BTA is None:
         return ops.scored_attention(*arguments)[0]
-    return scored_attention_reference(*arguments, rank_BTA=rank_BTA)[0]
+    arguments = (*arguments, rank_BTA)
+    return scored_attention_reference(*arguments)[0]
 
 
 def inner_function_attention(
