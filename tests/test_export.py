@@ -303,6 +303,15 @@ def _is_half(run: onnxruntime.InferenceSession, name: str) -> bool:
     return {item.name: item.type for item in run.get_inputs()}[name] == "tensor(float16)"
 
 
+def test_an_op_that_needs_two_bodies_is_refused_in_one_line(tmp_path):
+    cfg = next(cfg for cfg in OPTIONS.values() if cfg.ifa_form == "softmax")
+    cfg = replace(cfg, ifa_pick=cfg.n_pick + 1)  # routers of unequal k
+    save_checkpoint(tmp_path / "checkpoint", cfg, sharp_params(cfg))
+    with pytest.raises(ExportError, match=r"WmRouterTopk nodes of one model need different bodies \(k: 3 and 2"):
+        export_bundle(tmp_path / "checkpoint", tmp_path / "bundle")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
+
+
 def test_targets_can_be_made_anew_inside_a_bundle(exported, tmp_path):
     checkpoint, bundle = exported
     export_bundle(checkpoint, tmp_path / "bundle")

@@ -60,7 +60,7 @@ def onnx_from_program(program: Program, weights: Path, weights_name: str) -> dic
         weights_name: its name relative to the ONNX files.
 
     Raises:
-        ExportError: the exporter changed the opset behind our back, or a parameter is not in the weights.
+        ExportError: the exporter changed the opset behind our back, a parameter is not in the weights, or an op needs two bodies.
     """
     model = _translate(program)
     _point_to_weights(model, stored_tensors(weights), weights_name)
@@ -70,7 +70,10 @@ def onnx_from_program(program: Program, weights: Path, weights_name: str) -> dic
     protos: dict[Flavour, onnx.ModelProto] = {}
     for flavour in FILES:
         proto = ir.serde.serialize_model(model)
-        functions = bodies(proto, flavour)
+        try:
+            functions = bodies(proto, flavour)
+        except ValueError as error:  # two nodes of one op type that need two bodies
+            raise ExportError(f"ONNX export: {error}") from error
         del proto.functions[:]
         proto.functions.extend(functions)
         _name_absent_inputs(proto)
@@ -98,7 +101,7 @@ def _translate(program: Program) -> ir.Model:
 
 
 def _softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
-    """x above the threshold, where runtimes may overflow; the exporter's own translation multiplies and divides by beta, which is 1 here."""
+    """x above the threshold, where runtimes may overflow; the exporter's translation multiplies and divides by beta, which is 1 here."""
     if beta != 1.0:
         raise ExportError(f"ONNX export: softplus with beta {beta}, expected 1")
     op: Any = opset23  # its stubs know tensors by element type, which a traced value does not tell
