@@ -29,18 +29,19 @@ def ssd(
     bc_width, x_width = cfg.ssd_group * cfg.ssd_state, cfg.ssd_head * cfg.ssd_head_dim
     C_MC, B_MC, x_MC, dt_MH = F.linear(u_MD, params.in_proj).split([bc_width, bc_width, x_width, cfg.ssd_head], -1)
     dt_MH = F.softplus(dt_MH.to(params.A_log.dtype))
-    y_BTHP, new_BHPN = _ssd_scan(cfg, (x_MC, dt_MH, params.A_log, B_MC, C_MC), None if state is None else state.ssd, context, scope)
+    x_BTHP = x_MC.reshape(context.batch, context.tokens, cfg.ssd_head, cfg.ssd_head_dim)
+    y_BTHP, new_BHPN = _ssd_scan(cfg, (x_BTHP, dt_MH, params.A_log, B_MC, C_MC), None if state is None else state.ssd, context, scope)
     return F.linear(y_BTHP.reshape(-1, x_width), params.out_proj), None if state is None else SsdState(new_BHPN)
 
 
 def _ssd_scan(
     cfg: ModelConfig, inputs: tuple[Tensor, ...], state_BHPN: Tensor | None, context: Context, scope: str
 ) -> tuple[Tensor, Tensor]:
-    """The scan over flat x_MC, dt_MH, A_log_H, B_MC, C_MC, with rotation where the model rotates: y_BTHP and the state."""
-    x_MC, dt_MH, A_log_H, B_MC, C_MC = inputs
+    """The scan over x_BTHP, dt_MH, A_log_H and B and C in any shape, with rotation where the model rotates: y_BTHP and the state."""
+    x_BTHP, dt_MH, A_log_H, B, C = inputs
     rows = (context.batch, context.tokens)
-    x_BTHP, dt_BTH = x_MC.reshape(*rows, cfg.ssd_head, cfg.ssd_head_dim), dt_MH.reshape(*rows, cfg.ssd_head)
-    B_BTGN, C_BTGN = (part.reshape(*rows, cfg.ssd_group, cfg.ssd_state) for part in (B_MC, C_MC))
+    dt_BTH = dt_MH.reshape(*rows, cfg.ssd_head)
+    B_BTGN, C_BTGN = (part.reshape(*rows, cfg.ssd_group, cfg.ssd_state) for part in (B, C))
     op, angles = ("ssd_scan_rope", context.angles[cfg.ssd_state]) if cfg.ssd_rope else ("ssd_scan", ())
     arguments = (x_BTHP, dt_BTH, -torch.exp(A_log_H), B_BTGN, C_BTGN, *angles)
     if context.in_place and state_BHPN is not None:
@@ -68,12 +69,12 @@ def mamba2(
     width, bc_width = cfg.ssd_head * cfg.ssd_head_dim, cfg.ssd_group * cfg.ssd_state
     z_MC, xBC_MC, dt_MH = F.linear(u_MD, params.in_proj, params.in_proj_bias).split([width, width + 2 * bc_width, cfg.ssd_head], -1)
     xBC_BTC, conv = _convolution(params, xBC_MC, None if state is None else state.conv, context, scope)
-    x_MC, B_MC, C_MC = xBC_BTC.reshape(-1, width + 2 * bc_width).split([width, bc_width, bc_width], -1)
+    x_BTC, B_BTC, C_BTC = xBC_BTC.split([width, bc_width, bc_width], -1)
+    x_BTHP = x_BTC.unflatten(2, (cfg.ssd_head, cfg.ssd_head_dim))
     dt_MH = _step_size(cfg, dt_MH.to(params.A_log.dtype) + params.dt_bias.to(params.A_log.dtype))
-    inputs = (x_MC, dt_MH, params.A_log, B_MC, C_MC)
+    inputs = (x_BTHP, dt_MH, params.A_log, B_BTC, C_BTC)
     y_BTHP, new_BHPN = _ssd_scan(cfg, inputs, None if state is None else state.ssd, context, scope)
-    skip_MC = x_MC.reshape(-1, cfg.ssd_head, cfg.ssd_head_dim) * params.D.unsqueeze(-1)
-    y_MC = y_BTHP.reshape(-1, width) + skip_MC.reshape(-1, width)
+    y_MC = (y_BTHP + x_BTHP * params.D.unsqueeze(-1)).reshape(-1, width)
     normed_MC = ops.gated_rms_norm(y_MC, z_MC, params.norm, cfg.norm_eps)
     context.tap(scope, "gated_rms_norm", normed_MC)
     out_MD = F.linear(normed_MC, params.out_proj, params.out_proj_bias)
