@@ -211,7 +211,7 @@ COMPILED = {
         MODELS["window"], layers=(("ssd", "cdmoe"), ("dynamic_mask_attention", "mlp"), ("attention", "mlp")), name="compiled", vocab_size=64
     ),
     "jamba": replace(FAMILIES["jamba-tiny"], layers=(("mamba1", "moe"), ("attention", "mlp")), vocab_size=64),
-    **{name: OPTIONS[name] for name in OPTIONS if name.startswith(("binary", "additive"))},
+    **{name: OPTIONS[name] for name in OPTIONS if name.startswith("additive")},  # retrieval of values, mamba2, scored attention
 }
 
 
