@@ -71,7 +71,7 @@ def _attend(q_BTHP: Tensor, k_BKLP: Tensor, v_BKLP: Tensor, position_B: Tensor) 
     # The query heads of one kv head become rows of one product: repeating the cache per query head would copy it.
     q = q_BTHP.transpose(1, 2).reshape(B, K, G * T, P)
     out = F.scaled_dot_product_attention(q, k_BKLP, v_BKLP, attn_mask=visible)
-    return out.view(B, H, T, P).transpose(1, 2)
+    return out.reshape(B, H, T, P).transpose(1, 2)
 
 
 def _cells(k_BTKP: Tensor, position_B: Tensor) -> Tensor:
