@@ -269,7 +269,10 @@ class Session(ABC):
     def _check_finite(self, logits_BSV: Array, valid_B: Array, rows_B: Array) -> None:
         """Refuse a result that no sound model gives. Positions have not moved, but the state behind them may hold the same NaN."""
         # max propagates NaN, so one pass finds it, +inf, and nothing but -inf; -inf for some tokens is fine.
-        bad_B = (valid_B > 0) & ~np.isfinite(logits_BSV.max(-1)).all(-1)
+        finite_BS = np.isfinite(logits_BSV.max(-1))
+        if finite_BS.all():
+            return
+        bad_B = (valid_B > 0) & ~finite_BS.all(-1)
         if bad_B.any():
             self._broken = True
             raise CheckpointError(

@@ -15,6 +15,7 @@ from wm_runtimes.bundle import StateLeaf
 Array = np.ndarray[Any, np.dtype[Any]]
 _STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int64": np.int64}
 _BFLOAT16_MINUS_INF = 0xFF80
+_ALIGNMENT = 64  # bytes, a cache line
 
 
 class StateBuffers:
@@ -31,7 +32,7 @@ class StateBuffers:
         self.batch = batch
         self.bindings: dict[Any, Any] = {}
         try:
-            self.arrays = {leaf.name: _allocate(leaf, leaf.concrete_shape(batch, capacity, keep_window)) for leaf in self.leaves}
+            self.arrays = _allocate({leaf: leaf.concrete_shape(batch, capacity, keep_window) for leaf in self.leaves})
         except (MemoryError, ValueError) as error:
             raise CapacityError(
                 f"no memory for the state of batch {batch}, capacity {capacity}; use a smaller batch or capacity"
@@ -74,9 +75,18 @@ def _reset_value(leaf: StateLeaf) -> float:
     return leaf.reset
 
 
-def _allocate(leaf: StateLeaf, shape: tuple[int, ...]) -> Array:
-    value = _reset_value(leaf)
-    if value == 0:
-        # Zero pages are mapped on first use: a large capacity costs no memory before it is filled.
-        return np.zeros(shape, _STORAGE[leaf.dtype])
-    return np.full(shape, value, _STORAGE[leaf.dtype])
+def _allocate(shapes: dict[StateLeaf, tuple[int, ...]]) -> dict[str, Array]:
+    """All leaves in one block of memory, which is big enough for numpy to ask for huge pages: a step reads most of it.
+
+    Zero pages are mapped on first use: a large capacity costs no memory before it is filled.
+    """
+    sizes = {leaf: math.prod(shape) * np.dtype(_STORAGE[leaf.dtype]).itemsize for leaf, shape in shapes.items()}
+    starts = np.cumsum([0, *(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes.values())]).tolist()
+    memory = np.zeros(starts[-1] + _ALIGNMENT, np.uint8)
+    memory = memory[-memory.ctypes.data % _ALIGNMENT :]
+    arrays: dict[str, Array] = {}
+    for start, (leaf, shape) in zip(starts, shapes.items(), strict=False):
+        arrays[leaf.name] = memory[start : start + sizes[leaf]].view(_STORAGE[leaf.dtype]).reshape(shape)
+        if value := _reset_value(leaf):
+            arrays[leaf.name][...] = value
+    return arrays
