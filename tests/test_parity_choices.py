@@ -4,6 +4,7 @@ B rows, T tokens, S keys, A score heads, R choices side by side, E experts, k pi
 """
 
 import shutil
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -58,8 +59,7 @@ def test_an_oracle_makes_the_choices_it_is_told_and_its_own_change_nothing(name:
             np.testing.assert_array_equal(again.choices[name], wrong[name], err_msg=name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "dtype"), [*product(FAMILIES, DTYPES), *product(OPTIONS, DTYPES[:1])])
 def test_every_family_and_option_passes(made, name: str, dtype: str) -> None:
     _, bundle = made(MODELS[name], dtype)
     for graph in ("model.ort.onnx", "model.onnx"):
@@ -67,8 +67,9 @@ def test_every_family_and_option_passes(made, name: str, dtype: str) -> None:
         options = {"onnxruntime-cpu": {"graph": graph}}
         report = measure_parity(open_bundle(bundle), runtimes, draws=6, longest_prompt=30, decode_steps=3, options=options)
         assert report.passed, report
-    report = check_bundle(bundle, ["onnxruntime-cpu"])
-    assert report.passed, report
+    if dtype == "fp32":
+        check = check_bundle(bundle, ["onnxruntime-cpu"])
+        assert check.passed, check
 
 
 def test_half_precision_chooses_otherwise_and_is_followed(made) -> None:
