@@ -147,7 +147,7 @@ def attention_rope_case(B: int, T: int, seed: int = 0, half: bool = False, pairs
         "qkv_BTC": np.concatenate(heads, 2).reshape(B, T, -1),
         **dict(zip(("cos_BTF", "sin_BTF"), angles(position_BT, pairs), strict=True)),
     }
-    counts = {"n_head": heads[0].shape[2], "n_kv_head": heads[1].shape[2]}
+    counts = {"n_head": heads[0].shape[2], "n_kv_head": heads[1].shape[2], "head_dim": heads[0].shape[3]}
     return Case("attention_rope", packed | plain.arguments, plain.attributes | {"pairs": pairs}, counts, half)
 
 

@@ -139,7 +139,7 @@ def test_attention_rope_equals_the_loop_over_rotated_heads(T, K):
 
     packed = torch.cat([q, k, v], 2).flatten(2)
     for cache in ((None, None, None, None), (cache_k, cache_v, position, valid)):
-        out, new_k, new_v = wm.attention_rope(packed, angle.cos(), angle.sin(), *cache, 4, K)
+        out, new_k, new_v = wm.attention_rope(packed, angle.cos(), angle.sin(), *cache, 4, K, 4)
         expected, live = oracles.attention(rotated(q), rotated(k), v, *cache)
         near_where_valid(out.unflatten(2, (4, 4)), expected, cache[3])
         for (b, g), (keys, values) in live.items():

@@ -48,7 +48,7 @@ def attention_rope_call(tokens, state, valid, dtype=torch.float32):
     q, k, v, *cache, position, valid_B = attention_call(tokens, state, valid, dtype)
     start = torch.zeros(B, dtype=torch.int64) if position is None else position
     angles = wm.rope_angles(start[:, None] + torch.arange(tokens), F, 100.0, dtype == D)
-    return torch.cat([q, k, v], 2).flatten(2), *angles, *cache, position, valid_B, H, K
+    return torch.cat([q, k, v], 2).flatten(2), *angles, *cache, position, valid_B, H, K, P
 
 
 def keep_call(tokens, state, valid, dtype=torch.float32):
@@ -269,11 +269,11 @@ WRONG = {
         "wm::attention: got cache_k_BKSP, cache_v_BKSP alone, expected all or none of cache_k_BKSP, cache_v_BKSP, position_B",
     ),
     "attention rope width": (
-        lambda: wm.attention_rope(normal(B, T, 30), normal(B, T, F), normal(B, T, F), None, None, None, None, H, K),
-        "wm::attention_rope: qkv_BTC is 30 wide, expected a multiple of H + 2K = 8",
+        lambda: wm.attention_rope(normal(B, T, 30), normal(B, T, F), normal(B, T, F), None, None, None, None, H, K, P),
+        "wm::attention_rope: qkv_BTC is 30 wide, expected (H + 2K)·P = 32",
     ),
     "attention rope pairs": (
-        lambda: wm.attention_rope(normal(B, T, 32), normal(B, T, 3), normal(B, T, 3), None, None, None, None, H, K),
+        lambda: wm.attention_rope(normal(B, T, 32), normal(B, T, 3), normal(B, T, 3), None, None, None, None, H, K, P),
         "wm::attention_rope: 2F = 6 entries are rotated, expected at most P = 4",
     ),
     "keep window": (

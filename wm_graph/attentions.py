@@ -57,7 +57,7 @@ def _attend_rotated(
         q_BTHP, k_BTKP = _rotate(cfg, qk_BTHP, context, scope).split([cfg.n_head, n_kv_head], 2)
         out_BTHP, state = _attend_plain((q_BTHP, k_BTKP, v_BTKP), state, context, scope)
         return out_BTHP.flatten(2), state
-    inputs, heads = (qkv_BTC, *context.angles[cfg.rotary_width("attention")]), (cfg.n_head, n_kv_head)
+    inputs, heads = (qkv_BTC, *context.angles[cfg.rotary_width("attention")]), (cfg.n_head, n_kv_head, cfg.head_dim)
     if state is None:
         out_BTE, _, _ = ops.attention_rope(*inputs, None, None, None, context.valid_B, *heads)
     elif context.in_place:

@@ -83,6 +83,7 @@ def _cells(k_BTKP: Tensor, position_B: Tensor) -> Tensor:
 def attend_in_place(
     q_BTHP: Tensor, k_BTKP: Tensor, v_BTKP: Tensor, cache_k_BKSP: Tensor, cache_v_BKSP: Tensor, position_B: Tensor
 ) -> Tensor:
+    """Attend as `attention_reference` does, with the new keys and values written into the caches given."""
     cell_BKTP = _cells(k_BTKP, position_B)
     cache_k_BKSP.scatter_(2, cell_BKTP, k_BTKP.transpose(1, 2))
     cache_v_BKSP.scatter_(2, cell_BKTP, v_BTKP.transpose(1, 2))
@@ -103,6 +104,7 @@ def check_attention(
     position_B: Tensor | None,
     valid_B: Tensor | None,
 ) -> None:
+    """Raise RuntimeError, naming the op, unless the arguments of an attention call fit each other."""
     check_together(op, cache_k_BKSP=cache_k_BKSP, cache_v_BKSP=cache_v_BKSP, position_B=position_B)
     size = check_shapes(
         op,

@@ -22,6 +22,7 @@ def attention_rope_reference(
     valid_B: Tensor | None,
     n_head: int,
     n_kv_head: int,
+    head_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotate queries and keys by each token's position, write keys and values into the cache, attend causally.
 
@@ -42,37 +43,42 @@ def attention_rope_reference(
             their keys go to cells past the valid ones, which are undefined.
         n_head: query heads (H).
         n_kv_head: key/value heads (K).
+        head_dim: width of a head (P); C = (H + 2K)·P.
 
     Returns:
         (out_BTE, cache_k_BKSP, cache_v_BKSP) in the dtype of qkv; without a cache the last two are empty, of shape (B, K, 0, P).
 
     Raises:
-        RuntimeError: shapes or dtypes disagree, C is not a multiple of H + 2K, H is not a multiple of K, 2F > P, or only some of cache and
+        RuntimeError: shapes or dtypes disagree, C is not (H + 2K)·P, H is not a multiple of K, 2F > P, or only some of cache and
             position are given.
 
     Source:
         Vaswani et al. 2017, arXiv:1706.03762, eq. (1); rotation: Su et al. 2021, arXiv:2104.09864, eq. (34); shared kv heads: Ainslie
         et al. 2023, arXiv:2305.13245.
     """
-    qkv = _rotated("attention_rope", qkv_BTC, cos_BTF, sin_BTF, n_head, n_kv_head)
+    qkv = _rotated("attention_rope", qkv_BTC, cos_BTF, sin_BTF, n_head, n_kv_head, head_dim)
     out_BTHP, cache_k, cache_v = attention_reference(*qkv, cache_k_BKSP, cache_v_BKSP, position_B, valid_B)
     return out_BTHP.flatten(2), cache_k, cache_v
 
 
-def _split(op: str, qkv_BTC: Tensor, cos_BTF: Tensor, sin_BTF: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor]:
+def _split(op: str, qkv_BTC: Tensor, cos_BTF: Tensor, sin_BTF: Tensor, n_head: int, n_kv_head: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """Queries and keys to rotate, [B, T, H + K, P], and v_BTKP."""
     size = check_shapes(op, qkv_BTC=qkv_BTC, cos_BTF=cos_BTF, sin_BTF=sin_BTF)
-    packed = n_head + 2 * n_kv_head
-    check_that(op, size["C"] % packed == 0, lambda: f"qkv_BTC is {size['C']} wide, expected a multiple of H + 2K = {packed}")
-    P = size["C"] // packed
-    check_that(op, 2 * size["F"] <= P, lambda: f"2F = {2 * size['F']} entries are rotated, expected at most P = {P}")
-    qk_BTHP, v_BTKP = qkv_BTC.unflatten(2, (packed, P)).split([n_head + n_kv_head, n_kv_head], 2)
+    # The sizes of heads are given, not divided out of C, so that they stay plain numbers where torch.compile makes C a symbol.
+    width = (n_head + 2 * n_kv_head) * head_dim
+    check_that(op, size["C"] == width, lambda: f"qkv_BTC is {size['C']} wide, expected (H + 2K)·P = {width}")
+    check_that(op, 2 * size["F"] <= head_dim, lambda: f"2F = {2 * size['F']} entries are rotated, expected at most P = {head_dim}")
+    q_and_k = n_head + n_kv_head
+    qk_BTC, v_BTC = qkv_BTC.split([q_and_k * head_dim, n_kv_head * head_dim], 2)
+    qk_BTHP, v_BTKP = qk_BTC.unflatten(2, (q_and_k, head_dim)), v_BTC.unflatten(2, (n_kv_head, head_dim))
     return qk_BTHP, v_BTKP
 
 
-def _rotated(op: str, qkv_BTC: Tensor, cos_BTF: Tensor, sin_BTF: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor, Tensor]:
+def _rotated(
+    op: str, qkv_BTC: Tensor, cos_BTF: Tensor, sin_BTF: Tensor, n_head: int, n_kv_head: int, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """rot(q)_BTHP, rot(k)_BTKP, v_BTKP."""
-    qk_BTHP, v_BTKP = _split(op, qkv_BTC, cos_BTF, sin_BTF, n_head, n_kv_head)
+    qk_BTHP, v_BTKP = _split(op, qkv_BTC, cos_BTF, sin_BTF, n_head, n_kv_head, head_dim)
     q_BTHP, k_BTKP = rope_reference(qk_BTHP, cos_BTF, sin_BTF).split([n_head, n_kv_head], 2)
     return q_BTHP, k_BTKP, v_BTKP
 
@@ -88,9 +94,10 @@ def attention_rope(
     valid_B: Tensor | None,
     n_head: int,
     n_kv_head: int,
+    head_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `attention_rope_reference`."""
-    qkv = _rotated("attention_rope", qkv_BTC, cos_BTF, sin_BTF, n_head, n_kv_head)
+    qkv = _rotated("attention_rope", qkv_BTC, cos_BTF, sin_BTF, n_head, n_kv_head, head_dim)
     check_attention("attention_rope", *qkv, cache_k_BKSP, cache_v_BKSP, position_B, valid_B)
     if cache_k_BKSP is None or cache_v_BKSP is None or position_B is None:
         out, cache_k, cache_v = attention_reference(*qkv, None, None, None, valid_B)
@@ -112,12 +119,13 @@ def _(
     valid_B: Tensor | None,
     n_head: int,
     n_kv_head: int,
+    head_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    qk, v = _split("attention_rope", qkv_BTC, cos_BTF, sin_BTF, n_head, n_kv_head)
+    qk, v = _split("attention_rope", qkv_BTC, cos_BTF, sin_BTF, n_head, n_kv_head, head_dim)
     q, k = qk.split([n_head, n_kv_head], 2)
     check_attention("attention_rope", q, k, v, cache_k_BKSP, cache_v_BKSP, position_B, valid_B)
-    shape = (k.shape[0], n_kv_head, 0, k.shape[3]) if cache_k_BKSP is None else cache_k_BKSP.shape
-    return qkv_BTC.new_empty((*q.shape[:2], n_head * q.shape[3])), qkv_BTC.new_empty(shape), qkv_BTC.new_empty(shape)
+    shape = (k.shape[0], n_kv_head, 0, head_dim) if cache_k_BKSP is None else cache_k_BKSP.shape
+    return qkv_BTC.new_empty((*q.shape[:2], n_head * head_dim)), qkv_BTC.new_empty(shape), qkv_BTC.new_empty(shape)
 
 
 register_reference_autograd(attention_rope, attention_rope_reference)
@@ -134,9 +142,10 @@ def attention_rope_(
     valid_B: Tensor | None,
     n_head: int,
     n_kv_head: int,
+    head_dim: int,
 ) -> Tensor:
     """`attention_rope` that writes T cells of the given caches and copies nothing; see `attention_rope_reference`."""
-    qkv = _rotated("attention_rope_", qkv_BTC, cos_BTF, sin_BTF, n_head, n_kv_head)
+    qkv = _rotated("attention_rope_", qkv_BTC, cos_BTF, sin_BTF, n_head, n_kv_head, head_dim)
     check_attention("attention_rope_", *qkv, cache_k_BKSP, cache_v_BKSP, position_B, valid_B)
     return attend_in_place(*qkv, cache_k_BKSP, cache_v_BKSP, position_B).contiguous().flatten(2)
 
@@ -152,8 +161,9 @@ def _(
     valid_B: Tensor | None,
     n_head: int,
     n_kv_head: int,
+    head_dim: int,
 ) -> Tensor:
-    qk, v = _split("attention_rope_", qkv_BTC, cos_BTF, sin_BTF, n_head, n_kv_head)
+    qk, v = _split("attention_rope_", qkv_BTC, cos_BTF, sin_BTF, n_head, n_kv_head, head_dim)
     q, k = qk.split([n_head, n_kv_head], 2)
     check_attention("attention_rope_", q, k, v, cache_k_BKSP, cache_v_BKSP, position_B, valid_B)
-    return qkv_BTC.new_empty((*q.shape[:2], n_head * q.shape[3]))
+    return qkv_BTC.new_empty((*q.shape[:2], n_head * head_dim))

@@ -1,6 +1,6 @@
 """WmAttentionRope: rotate the queries and keys of a packed projection, then WmAttention.
 
-    q, k, v = split(qkv)        cache[position + t] = rot_t(k_t), v_t        out_t = softmax(rot_t(q_t) · k_s / sqrt(P), s <= position + t) v
+    q, k, v = split(qkv)        cache[position + t] = rot_t(k_t), v_t        out_t = softmax(rot_t(q_t) · k_s / sqrt(P), s <= pos + t) v
 
 Letters: B batch, T tokens, H heads, K kv heads, P head dim, F rotated pairs, S cache capacity, L cells in use, C = (H + 2K)·P, E = H·P.
 """
@@ -32,12 +32,11 @@ _node = wm_op(OP_TYPE, INPUTS, OUTPUTS, {"head_dim": int, "kv_num_heads": int, "
 
 
 def translation(
-    qkv_BTC: Any, cos_BTF: Any, sin_BTF: Any, cache_k: Any, cache_v: Any, position_B: Any, valid_B: Any, n_head: int, n_kv_head: int
+    qkv: Any, cos: Any, sin: Any, cache_k: Any, cache_v: Any, position_B: Any, valid_B: Any, n_head: int, n_kv_head: int, head_dim: int
 ) -> Any:
     """torch.ops.wm.attention_rope to its node."""
-    head_dim = size(qkv_BTC, 2) // (n_head + 2 * n_kv_head)
-    attributes = {"head_dim": head_dim, "kv_num_heads": n_kv_head, "num_heads": n_head, "pairs": size(cos_BTF, 2)}
-    return _node(qkv_BTC, cos_BTF, sin_BTF, cache_k, cache_v, position_B, valid_B, **attributes)
+    attributes = {"head_dim": head_dim, "kv_num_heads": n_kv_head, "num_heads": n_head, "pairs": size(cos, 2)}
+    return _node(qkv, cos, sin, cache_k, cache_v, position_B, valid_B, **attributes)
 
 
 def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionProto:
@@ -66,8 +65,10 @@ def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionP
 
 
 def _rotates_inside(g: Body, one: dict[str, Any]) -> bool:
-    """Whether GroupQueryAttention does the rotation: of whole heads, their width a multiple of 16, and not in float16, where it would round
-    the angles, the products and their sum."""
+    """Whether GroupQueryAttention does the rotation: of whole heads, their width a multiple of 16, in float32.
+
+    In float16 it would round the angles, the products and their sum.
+    """
     return g.dtype == FLOAT and one["head_dim"] == 2 * one["pairs"] and one["head_dim"] % 16 == 0
 
 
