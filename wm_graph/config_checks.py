@@ -53,7 +53,7 @@ def check_cache(cfg: ModelConfig) -> None:
     _check_that(
         cfg.rope_scaling != "dynamic" or cfg.rope_dynamic_cache,
         "rope_scaling is 'dynamic' with a state, whose keys keep the angles of earlier lengths; "
-        "call forward without a state, or set rope_dynamic_cache to allow it",
+        "set rope_dynamic_cache to true in config.json to allow it, or run forward without a state",
     )
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -131,14 +131,28 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
+def _widths(cfg: Mapping[str, Any], layers: tuple[tuple[str, str], ...]) -> Iterator[str]:
+    """The sizes that some layer of the model has."""
+    mixers, feed_forwards = ({pair[place] for pair in layers} for place in (0, 1))
+    yield f"model {cfg['d_model']}"
+    if feed_forwards - {"none"}:
+        yield f"hidden {cfg['d_ff']}"
+    if any("attention" in mixer for mixer in mixers):
+        yield f"{cfg['n_head']} heads ({cfg['n_kv_head']} key/value) of {cfg['head_dim']}"
+    if mixers & {"ssd", "mamba2"}:
+        yield f"{cfg['ssd_head']} scan heads of {cfg['ssd_head_dim']} with state {cfg['ssd_state']}"
+    if "mamba1" in mixers:
+        yield f"{cfg['mamba1_width']} channels with state {cfg['mamba1_state']}"
+
+
 def _lines(facts: Mapping[str, Any]) -> dict[str, str]:
     cfg = facts["config"]
-    heads = f"{cfg['n_head']} heads ({cfg['n_kv_head']} key/value) of {cfg['head_dim']}"
+    layers = tuple((mixer, feed_forward) for mixer, feed_forward in cfg["layers"])
     lines = {
         facts["kind"]: facts.get("path", facts["name"]),
         "model": f"{facts['name']}, {human_count(facts['parameters'])} parameters ({facts['parameters']}), {facts['dtype']}",
-        "layers": layer_summary(tuple((mixer, feed_forward) for mixer, feed_forward in cfg["layers"])),
-        "widths": f"model {cfg['d_model']}, hidden {cfg['d_ff']}, {heads}",
+        "layers": layer_summary(layers),
+        "widths": ", ".join(_widths(cfg, layers)),
         "vocabulary": f"{cfg['vocab_size']} tokens, head {'tied to' if cfg['tie_embeddings'] else 'apart from'} the embedding",
         "state": f"{human_bytes(facts['state_bytes_per_row'])} per row at capacity {facts['capacity']}",
     }

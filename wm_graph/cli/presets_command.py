@@ -14,7 +14,9 @@ def command(as_json: AsJson = False) -> None:
         return
     rows = []
     for name, cfg in PRESETS.items():
-        sizes = (cfg.d_model, cfg.d_ff, len(cfg.layers), cfg.n_head, cfg.vocab_size)
+        attends = any("attention" in mixer for mixer, _ in cfg.layers)
+        hidden = cfg.d_ff if any(feed_forward != "none" for _, feed_forward in cfg.layers) else "-"
+        sizes = (cfg.d_model, hidden, len(cfg.layers), cfg.n_head if attends else cfg.ssd_head, cfg.vocab_size)
         rows.append([name, human_count(count_parameters(cfg)), *map(str, sizes), layer_summary(cfg.layers)])
     header = ("preset", "parameters", "width", "hidden", "layers", "heads", "vocabulary", "mixers, feed-forwards")
     print_table(header, rows, numeric=range(1, 7))
