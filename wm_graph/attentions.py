@@ -26,12 +26,7 @@ def attention(
     cfg: ModelConfig, params: AttentionParams, u_MD: Tensor, state: AttentionState | None, context: Context, scope: str
 ) -> tuple[Tensor, AttentionState | None]:
     """Causal attention with grouped key/value heads, rotated by position unless the model does not (arXiv:2302.13971, arXiv:2305.13245)."""
-    qkv_BTC = _qkv(cfg, params, u_MD, context)
-    if cfg.attention_rope:
-        out_BTE, state = _attend_rotated(cfg, qkv_BTC, cfg.n_kv_head, state, context, scope)
-    else:
-        heads = _heads(cfg, qkv_BTC).split([cfg.n_head, cfg.n_kv_head, cfg.n_kv_head], 2)
-        out_BTE, state = _attend_plain(heads, state, context, scope)
+    out_BTE, state = _attend(cfg, _qkv(cfg, params, u_MD, context), cfg.n_kv_head, state, context, scope)
     return F.linear(out_BTE.reshape(-1, cfg.n_head * cfg.head_dim), params.out, params.out_bias), state
 
 
@@ -48,10 +43,11 @@ def _heads(cfg: ModelConfig, x_BTC: Tensor) -> Tensor:
     return x_BTC.unflatten(2, (-1, cfg.head_dim))
 
 
-def _attend_rotated(
+def _attend(
     cfg: ModelConfig, qkv_BTC: Tensor, n_kv_head: int, state: AttentionState | None, context: Context, scope: str
 ) -> tuple[Tensor, AttentionState | None]:
-    if cfg.rope_scaling == "dynamic":
+    """Attention from the packed projection, rotated by position where the model rotates: out_BTE and the state."""
+    if not cfg.attention_rope or cfg.rope_scaling == "dynamic":
         # Rows of unequal lengths turn one position by different angles, which attention_rope does not take.
         qk_BTHP, v_BTKP = _heads(cfg, qkv_BTC).split([cfg.n_head + n_kv_head, n_kv_head], 2)
         q_BTHP, k_BTKP = _rotate(cfg, qk_BTHP, context, scope).split([cfg.n_head, n_kv_head], 2)
@@ -201,18 +197,14 @@ def inner_function_attention(
     H, rows = cfg.n_head, (context.batch, context.tokens)
     v_MD = u_MD * _inner_function(cfg, params, u_MD, context, scope)
     qk_BTC = F.linear(u_MD, params.qk).reshape(*rows, -1)
-    if params.mask is None and cfg.attention_rope:
-        assert state is None or isinstance(state, AttentionState)
-        qkv_BTC = torch.cat([qk_BTC, v_MD.reshape(*rows, -1)], 2)
-        out, state = _attend_rotated(cfg, qkv_BTC, H, state, context, scope)
-        return F.linear(out.reshape(-1, H * cfg.head_dim), params.out), state
-    q_BTHP, k_BTHP = _rotate(cfg, _heads(cfg, qk_BTC), context, scope).split([H, H], 2)
-    v_BTHP = _heads(cfg, v_MD.reshape(*rows, -1))
+    v_BTE = v_MD.reshape(*rows, -1)
     if params.mask is None:
         assert state is None or isinstance(state, AttentionState)
-        out, state = _attend_plain((q_BTHP, k_BTHP, v_BTHP), state, context, scope)
+        out, state = _attend(cfg, torch.cat([qk_BTC, v_BTE], 2), H, state, context, scope)
     else:
         assert state is None or isinstance(state, ScoredAttentionState)
+        q_BTHP, k_BTHP = _rotate(cfg, _heads(cfg, qk_BTC), context, scope).split([H, H], 2)
+        v_BTHP = _heads(cfg, v_BTE)
         score_BTH, scoring = _static_mask(cfg, params.mask, context)
         out, state = _attend_scored(scoring, 0.0, (q_BTHP, k_BTHP, v_BTHP, score_BTH), state, context, scope)
     return F.linear(out.reshape(-1, H * cfg.head_dim), params.out), state

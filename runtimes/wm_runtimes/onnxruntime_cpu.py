@@ -50,7 +50,7 @@ class OnnxRuntimeCpuSession(Session):
         graph: `model.ort.onnx` (bodies tuned for ONNX Runtime, the default) or `model.onnx` (standard ops).
         threads: intra-op threads; None leaves it to ONNX Runtime.
         prepack: let ONNX Runtime rearrange weights into a private copy, on huge pages where the kernel gives them, which makes a step
-            some 15 % faster. Off, it computes from the mapped file: opening is instant (SmolLM2-135M: 0.3 s instead of 1.6 s), and
+            some 10 % faster. Off, it computes from the mapped file: opening is instant (SmolLM2-135M: 0.3 s instead of 1.8 s), and
             processes share the pages.
         alias: bind one buffer to input and output of a state leaf. Off, every step copies the state, for verification.
         spin: let idle threads poll up to 1 ms for work before they sleep: longer than the gap between two nodes or two steps, which saves

@@ -100,13 +100,9 @@ def _step(g: Body, one: dict[str, Any], x: Value, dt: Value, A_H: Value, B: Valu
     contracts the wrong axis and is not used.
     """
     H, G, P, N = one["num_heads"], one["num_groups"], one["head_dim"], one["state_dim"]
-    B_B1GN, C_BG1N1 = B, g.reshape(C, -1, G, 1, N, 1)
-    if G < H:
-        B_B1GN = g.expand(g.unsqueeze(B, 3), 1, 1, G, H // G, N)
-    key, value = (g.reshape(v, 0, 0, -1) for v in (x * g.unsqueeze(dt, 3), B_B1GN))
-    heads = {"q_num_heads": H, "kv_num_heads": H, "update_rule": "gated", "scale": 1.0}
-    _, next_BHPN = g.microsoft("LinearAttention", key, key, value, state, dt * A_H, outs=2, **heads)
-    y_BGQP1 = g.reshape(next_BHPN, -1, G, H // G, P, N) @ C_BG1N1
+    key = x * g.unsqueeze(dt, 3)
+    _, next_BHPN = _gated(g, H, key, key, _per_head(g, one, B), state, dt * A_H)
+    y_BGQP1 = g.reshape(next_BHPN, -1, G, H // G, P, N) @ g.reshape(C, -1, G, 1, N, 1)
     return g.reshape(y_BGQP1, -1, 1, H, P), next_BHPN
 
 
@@ -114,13 +110,24 @@ def _linear_attention(
     g: Body, one: dict[str, Any], x: Value, dt: Value, A_H: Value, B: Value, C: Value, state: Value
 ) -> tuple[Value, Value]:
     """The recurrence as gated linear attention: query C, key B, value dt x, and a state with its last axes exchanged."""
-    H, G, P, N = one["num_heads"], one["num_groups"], one["head_dim"], one["state_dim"]
-    if G < H:
-        B, C = (g.expand(g.unsqueeze(v, 3), 1, 1, G, H // G, N) for v in (B, C))
-    query, key, value = (g.reshape(v, 0, 0, -1) for v in (C, B, x * g.unsqueeze(dt, 3)))
-    heads = {"q_num_heads": H, "kv_num_heads": H, "update_rule": "gated", "scale": 1.0}
-    y, after = g.microsoft("LinearAttention", query, key, value, g.transpose(state, 0, 1, 3, 2), dt * A_H, outs=2, **heads)
+    H, P = one["num_heads"], one["head_dim"]
+    query, key = (_per_head(g, one, v) for v in (C, B))
+    y, after = _gated(g, H, query, key, x * g.unsqueeze(dt, 3), g.transpose(state, 0, 1, 3, 2), dt * A_H)
     return g.reshape(y, 0, 0, H, P), g.transpose(after, 0, 1, 3, 2)
+
+
+def _per_head(g: Body, one: dict[str, Any], v_BTGN: Value) -> Value:
+    """B or C with its groups repeated for their heads."""
+    H, G, N = one["num_heads"], one["num_groups"], one["state_dim"]
+    return v_BTGN if G == H else g.expand(g.unsqueeze(v_BTGN, 3), 1, 1, G, H // G, N)
+
+
+def _gated(g: Body, H: int, query: Value, key: Value, value: Value, state: Value, decay_BTH: Value) -> tuple[Value, Value]:
+    """com.microsoft LinearAttention, gated by one log decay per head and token: output [B, T, .] and the state after it."""
+    flat = (g.reshape(v, 0, 0, -1) for v in (query, key, value))
+    heads = {"q_num_heads": H, "kv_num_heads": H, "update_rule": "gated", "scale": 1.0}
+    y, after = g.microsoft("LinearAttention", *flat, state, decay_BTH, outs=2, **heads)
+    return y, after
 
 
 def _scan_chunks(g: Body, one: dict[str, Any], x: Value, dt: Value, A_H: Value, B: Value, C: Value, state: Value) -> tuple[Value, Value]:
