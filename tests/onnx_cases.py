@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper
 
+from wm_graph.quiet import quiet_libraries
 from wm_kernels import onnx_functions
 
 MODULES = onnx_functions._MODULES
@@ -63,6 +65,22 @@ class Case:
         model = helper.make_model(graph, opset_imports=opsets[: 3 if flavour == "ort" else 2], ir_version=10)
         model.functions.extend(onnx_functions.bodies(model, flavour))
         return model
+
+
+def session_of_program(program: torch.export.ExportedProgram, flavour: str) -> ort.InferenceSession:
+    """A session on the ONNX file of an exported program."""
+    table = {getattr(torch.ops.wm, name.removeprefix("wm::")).default: function for name, function in onnx_functions.TRANSLATIONS.items()}
+    with quiet_libraries():
+        exported = torch.onnx.export(
+            program, (), dynamo=True, opset_version=onnx_functions.OPSET, custom_translation_table=table, verbose=False, optimize=False
+        )
+    assert exported is not None
+    model = exported.model_proto
+    del model.functions[:]
+    model.functions.extend(onnx_functions.bodies(model, flavour))
+    if flavour == "ort":
+        model.opset_import.add(domain="com.microsoft", version=1)
+    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 def letters(name: str) -> list[str]:

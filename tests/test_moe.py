@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,10 +15,9 @@ from hypothesis import strategies as st
 
 import oracles
 import wm_kernels as wm
-from wm_graph.quiet import quiet_libraries
+from onnx_cases import session_of_program
 from wm_graph.taps import Taps
 from wm_graph.tolerances import score_budget
-from wm_kernels import onnx_functions
 from wm_kernels.moe_mix import moe_mix_reference
 from wm_kernels.moe_mix.definition import _gathered
 from wm_runtimes.selections import judge_router
@@ -258,17 +256,7 @@ def test_an_exported_layer_keeps_its_caches_over_calls(flavour, scoring, bias):
     cache, row = {0: rows, 2: cells}, {0: rows}
     layer = Layer(scoring, bias)
     program = torch.export.export(layer, layer_call(5), dynamic_shapes=({0: rows, 1: tokens}, cache, cache, cache, row, row))
-    table = {getattr(torch.ops.wm, name.removeprefix("wm::")).default: function for name, function in onnx_functions.TRANSLATIONS.items()}
-    with quiet_libraries():
-        exported = torch.onnx.export(
-            program, (), dynamo=True, opset_version=onnx_functions.OPSET, custom_translation_table=table, verbose=False, optimize=False
-        )
-    model = exported.model_proto
-    del model.functions[:]
-    model.functions.extend(onnx_functions.bodies(model, flavour))
-    if flavour == "ort":
-        model.opset_import.add(domain="com.microsoft", version=1)
-    run = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    run = session_of_program(program, flavour)
     names = [value.name for value in run.get_inputs()]
     _, *caches, position, _ = layer_call(1)
     theirs = [value.numpy() for value in caches]

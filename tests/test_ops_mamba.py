@@ -5,7 +5,6 @@ B rows, T tokens, C channels, L taps, N state.
 
 import sys
 
-import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,9 +16,8 @@ from transformers.models.mamba2 import modeling_mamba2 as mamba2
 
 import oracles
 import wm_kernels as wm
-from wm_graph.quiet import quiet_libraries
+from onnx_cases import session_of_program
 from wm_graph.tolerances import op_limit
-from wm_kernels import onnx_functions
 
 B, T, C, L, N = 2, 9, 12, 4, 8  # of the comparisons with transformers
 
@@ -240,17 +238,7 @@ def test_onnx_file_of_a_mixer_keeps_its_states_over_calls(flavour):
     both, row = {0: rows, 1: tokens}, {0: rows}
     shapes = (both, None, None, both, None, both, both, None, row, row, row)
     program = torch.export.export(Mixer(), mixer_call(5), dynamic_shapes=shapes)
-    table = {getattr(torch.ops.wm, name.removeprefix("wm::")).default: function for name, function in onnx_functions.TRANSLATIONS.items()}
-    with quiet_libraries():
-        exported = torch.onnx.export(
-            program, (), dynamo=True, opset_version=onnx_functions.OPSET, custom_translation_table=table, verbose=False, optimize=False
-        )
-    model = exported.model_proto
-    del model.functions[:]
-    model.functions.extend(onnx_functions.bodies(model, flavour))
-    if flavour == "ort":
-        model.opset_import.add(domain="com.microsoft", version=1)
-    run = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    run = session_of_program(program, flavour)
     names = [value.name for value in run.get_inputs()]
     states = mixer_call(1)[8:10]
     theirs = [state.numpy() for state in states]
