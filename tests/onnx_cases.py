@@ -138,7 +138,7 @@ def ssd_case(B: int, T: int, seed: int = 0, half: bool = False, G: int = 2, rope
     if rope:
         arguments["cos_BTF"], arguments["sin_BTF"] = angles(rng.integers(0, 1000, (B, T)), 5)
         attributes["pairs"] = 5
-    arguments |= {"state_BHPN": normal(rng, B, H, P, N), "valid_B": ragged(rng, B, T)}
+    arguments |= {"state_BHNP": normal(rng, B, H, N, P), "valid_B": ragged(rng, B, T)}
     return Case("ssd_scan_rope" if rope else "ssd_scan", arguments, attributes, half=half)
 
 
@@ -231,16 +231,18 @@ def expert_mix_case(B: int, T: int, seed: int = 0, half: bool = False, activatio
     return Case("expert_mix", arguments, attributes, {"activation": activation, "weight_inside": inside}, half=half)
 
 
-def conv_case(B: int, T: int, seed: int = 0, half: bool = False, L: int = 4, bias: bool = True, activation: str = "silu") -> Case:
+def conv_case(
+    B: int, T: int, seed: int = 0, half: bool = False, C: int = 10, L: int = 4, bias: bool = True, activation: str = "silu"
+) -> Case:
     rng = np.random.default_rng(seed)
     arguments = {
-        "x_BTC": normal(rng, B, T, 10),
-        "weight_CL": normal(rng, 10, L),
-        "bias_C": normal(rng, 10) if bias else None,
-        "state_BCY": normal(rng, B, 10, L - 1),
+        "x_BTC": normal(rng, B, T, C),
+        "weight_CL": normal(rng, C, L),
+        "bias_C": normal(rng, C) if bias else None,
+        "state_BYC": normal(rng, B, L - 1, C),
         "valid_B": ragged(rng, B, T),
     }
-    return Case("causal_conv1d", arguments, {"activation": activation, "taps": L}, {"activation": activation}, half=half)
+    return Case("causal_conv1d", arguments, {"activation": activation, "channels": C, "taps": L}, {"activation": activation}, half=half)
 
 
 def gated_rms_norm_case(B: int, T: int, seed: int = 0, half: bool = False) -> Case:
@@ -363,6 +365,8 @@ CASES = {
     "moe_mix": moe_case,
     "moe_mix_biased": lambda B, T, **more: moe_case(B, T, gated=False, bias=True, activation="gelu", k=3, **more),
     "causal_conv1d": conv_case,
+    "causal_conv1d_in_blocks": lambda B, T, **more: conv_case(B, T, C=48, **more),
+    "causal_conv1d_in_blocks_plain": lambda B, T, **more: conv_case(B, T, C=16, L=3, bias=False, activation="none", **more),
     "causal_conv1d_plain": lambda B, T, **more: conv_case(B, T, L=2, bias=False, activation="none", **more),
     "gated_rms_norm": gated_rms_norm_case,
     "selective_scan": selective_case,

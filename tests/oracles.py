@@ -53,7 +53,7 @@ def ssd_scan(x, dt, A, B, C, state, valid, cos=None, sin=None):
     x, dt, A, B, C, cos, sin = (_array(value) for value in (x, dt, A, B, C, cos, sin))
     rows, tokens, heads, width = x.shape
     per_group = heads // B.shape[2]
-    final = np.zeros((rows, heads, width, B.shape[3])) if state is None else _array(state).copy()
+    final = np.zeros((rows, heads, B.shape[3], width)) if state is None else _array(state).copy()
     y = np.zeros_like(x)
     for b, count in enumerate(_valid(valid, rows, tokens)):
         for t in range(count):
@@ -62,8 +62,8 @@ def ssd_scan(x, dt, A, B, C, state, valid, cos=None, sin=None):
                 if cos is not None:
                     b_t, c_t = _rotated(b_t, cos[b, t], sin[b, t]), _rotated(c_t, cos[b, t], sin[b, t])
                 step = dt[b, t, h]
-                final[b, h] = math.exp(step * A[h]) * final[b, h] + step * np.outer(x[b, t, h], b_t)
-                y[b, t, h] = final[b, h] @ c_t
+                final[b, h] = math.exp(step * A[h]) * final[b, h] + step * np.outer(b_t, x[b, t, h])
+                y[b, t, h] = c_t @ final[b, h]
     return torch.from_numpy(y), torch.from_numpy(final)
 
 
@@ -72,16 +72,16 @@ def causal_conv1d(x, weight, bias, state, valid, activation):
     x, weight, bias, state = (_array(value) for value in (x, weight, bias, state))
     rows, tokens, channels = x.shape
     kept = weight.shape[1] - 1
-    y, final = np.zeros_like(x), np.zeros((rows, channels, kept))
+    y, final = np.zeros_like(x), np.zeros((rows, kept, channels))
     for b, count in enumerate(_valid(valid, rows, tokens)):
         for c in range(channels):
-            seen = [0.0] * kept if state is None else list(state[b, c])
+            seen = [0.0] * kept if state is None else list(state[b, :, c])
             for t in range(count):
                 seen.append(x[b, t, c])
                 total = sum(weight[c, kept - age] * seen[-1 - age] for age in range(kept + 1))
                 total += 0.0 if bias is None else bias[c]
                 y[b, t, c] = total / (1 + math.exp(-total)) if activation == "silu" else total
-            final[b, c] = seen[len(seen) - kept :]
+            final[b, :, c] = seen[len(seen) - kept :]
     return torch.from_numpy(y), torch.from_numpy(final)
 
 

@@ -48,7 +48,7 @@ def generator(seed):
 
 def conv_inputs(T, seed=0, B=2, C=5, L=4):
     g = generator(seed)
-    shapes = (B, T, C), (C, L), (C,), (B, C, L - 1)
+    shapes = (B, T, C), (C, L), (C,), (B, L - 1, C)
     return tuple(torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes)
 
 
@@ -217,11 +217,11 @@ def agree(actual, expected, op):
 class Mixer(torch.nn.Module):
     """The three ops in a row, as a layer would use them."""
 
-    def forward(self, x, weight, bias, dt, A, b, c, norm_C, conv_BCY, state_BCN, valid):
-        u, conv_BCY = wm.causal_conv1d(x, weight, bias, conv_BCY, valid, "silu")
+    def forward(self, x, weight, bias, dt, A, b, c, norm_C, conv_BYC, state_BCN, valid):
+        u, conv_BYC = wm.causal_conv1d(x, weight, bias, conv_BYC, valid, "silu")
         y, state_BCN = wm.selective_scan(u, dt, A, b, c, state_BCN, valid)
         out_MC = wm.gated_rms_norm(y.flatten(0, 1), x.flatten(0, 1), norm_C, 1e-5)
-        return out_MC.view_as(x), conv_BCY, state_BCN
+        return out_MC.view_as(x), conv_BYC, state_BCN
 
 
 def mixer_call(tokens, seed=0):
@@ -266,15 +266,15 @@ def test_gated_rms_norm_is_mamba_rms_norm_gated_bit_for_bit(dtype):
 def test_causal_conv1d_is_that_of_transformers_in_prefill_and_in_every_step(activation):
     x_BTC, weight_CL, bias_C = draw(B, T, C), draw(C, L), draw(C, seed=1)
     theirs = None if activation == "none" else activation
-    y_BTC, state_BCY = wm.causal_conv1d(x_BTC, weight_CL, bias_C, None, None, activation)
+    y_BTC, state_BYC = wm.causal_conv1d(x_BTC, weight_CL, bias_C, None, None, activation)
     agree(y_BTC, mamba2.causal_conv1d_fn(x_BTC.transpose(1, 2), weight_CL, bias_C, theirs).transpose(1, 2), "causal_conv1d")
     their_state_BCL = x_BTC[:, -L:].transpose(1, 2).contiguous()  # one more input than the filter needs
     for step in range(3):
         x_B1C = draw(B, 1, C, seed=step + 2)
-        y_B1C, state_BCY = wm.causal_conv1d(x_B1C, weight_CL, bias_C, state_BCY, None, activation)
+        y_B1C, state_BYC = wm.causal_conv1d(x_B1C, weight_CL, bias_C, state_BYC, None, activation)
         expected = mamba2.causal_conv1d_update(x_B1C.transpose(1, 2), their_state_BCL, weight_CL, bias_C, theirs)
         agree(y_B1C, expected.transpose(1, 2), "causal_conv1d")
-        assert torch.equal(state_BCY, their_state_BCL[:, :, 1:])
+        assert torch.equal(state_BYC.transpose(1, 2), their_state_BCL[:, :, 1:])
 
 
 def test_selective_scan_is_that_of_jamba_in_prefill_and_in_every_step():

@@ -46,7 +46,7 @@ def scan_inputs(T, seed=0, B=2, H=4, G=2, P=3, N=6, F=2):
     x, b, c = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((B, T, H, P), (B, T, G, N), (B, T, G, N)))
     dt = torch.rand((B, T, H), generator=g, dtype=torch.float64)
     A = -3 * torch.rand((H,), generator=g, dtype=torch.float64) - 0.01
-    state = torch.randn((B, H, P, N), generator=g, dtype=torch.float64)
+    state = torch.randn((B, H, N, P), generator=g, dtype=torch.float64)
     cos, sin = wm.rope_angles(torch.arange(5, 5 + T).repeat(B, 1), F, 100.0, True)
     return x, dt, A, b, c, cos, sin, state
 

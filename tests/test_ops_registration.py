@@ -30,7 +30,7 @@ def scan_call(tokens, state, valid, rotated, dtype=torch.float32):
         b,
         c,
         *angles,
-        normal(B, H, P, N, dtype=dtype) if state else None,
+        normal(B, H, N, P, dtype=dtype) if state else None,
         torch.tensor([tokens, tokens - 1]) if valid else None,
     )
 
@@ -63,8 +63,8 @@ def keep_call(tokens, state, valid, dtype=torch.float32):
 
 def conv_call(tokens, state, valid, dtype=torch.float32):
     valid_B = torch.tensor([tokens, tokens - 1]) if valid else None
-    state_BCY = normal(B, P, 2, dtype=dtype) if state else None
-    return normal(B, tokens, P, dtype=dtype), normal(P, 3, dtype=dtype), normal(P, dtype=dtype), state_BCY, valid_B, "silu"
+    state_BYC = normal(B, 2, P, dtype=dtype) if state else None
+    return normal(B, tokens, P, dtype=dtype), normal(P, 3, dtype=dtype), normal(P, dtype=dtype), state_BYC, valid_B, "silu"
 
 
 def selective_call(tokens, state, valid, dtype=torch.float32):
@@ -261,8 +261,8 @@ WRONG = {
         "wm::ssd_scan: H is 4, expected a multiple of G = 3",
     ),
     "scan dtype": (
-        lambda: wm.ssd_scan_(*scan_call(T, True, False, False)[:5], normal(B, H, P, N, dtype=D), None),
-        "wm::ssd_scan_: state_BHPN is torch.float64, expected torch.float32",
+        lambda: wm.ssd_scan_(*scan_call(T, True, False, False)[:5], normal(B, H, N, P, dtype=D), None),
+        "wm::ssd_scan_: state_BHNP is torch.float64, expected torch.float32",
     ),
     "attention together": (
         lambda: wm.attention(*qkv(T), normal(B, K, 9, P), normal(B, K, 9, P), None, None),
@@ -289,15 +289,15 @@ WRONG = {
         "wm::product_key_topk: query_BTR2d has shape (1, 1, 1, 3, 3), expected (B=1, T=1, R=1, 2, d)",
     ),
     "conv state": (
-        lambda: wm.causal_conv1d(normal(2, 3, 4), normal(4, 3), None, normal(2, 4, 3), None, "silu"),
-        "wm::causal_conv1d: state_BCY holds Y = 3 inputs, expected L - 1 = 2",
+        lambda: wm.causal_conv1d(normal(2, 3, 4), normal(4, 3), None, normal(2, 3, 4), None, "silu"),
+        "wm::causal_conv1d: state_BYC holds Y = 3 inputs, expected L - 1 = 2",
     ),
     "conv taps": (
         lambda: wm.causal_conv1d(normal(2, 3, 4), normal(4, 0), None, None, None, "none"),
         "wm::causal_conv1d: L is 0, expected at least 1",
     ),
     "conv activation": (
-        lambda: wm.causal_conv1d_(normal(2, 3, 4), normal(4, 3), None, normal(2, 4, 2), None, "relu"),
+        lambda: wm.causal_conv1d_(normal(2, 3, 4), normal(4, 3), None, normal(2, 2, 4), None, "relu"),
         "wm::causal_conv1d_: activation is 'relu', expected one of none, silu",
     ),
     "conv valid": (

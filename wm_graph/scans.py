@@ -19,7 +19,7 @@ def ssd(
 ) -> tuple[Tensor, SsdState | None]:
     """State space duality mixer of Cheems: C, B, x, dt from one projection; no convolution, gate or skip.
 
-        S_t = exp(dt_t A) S_{t-1} + dt_t x_t ⊗ B_t,   y_t = S_t C_t,   A = -exp(A_log), dt = softplus(u W_dt)
+        S_t = exp(dt_t A) S_{t-1} + B_t ⊗ dt_t x_t,   y_t = C_t^T S_t,   A = -exp(A_log), dt = softplus(u W_dt)
 
     with B and C rotated by position when `cfg.ssd_rope`.
 
@@ -30,12 +30,12 @@ def ssd(
     C_MC, B_MC, x_MC, dt_MH = F.linear(u_MD, params.in_proj).split([bc_width, bc_width, x_width, cfg.ssd_head], -1)
     dt_MH = F.softplus(dt_MH.to(params.A_log.dtype))
     x_BTHP = x_MC.reshape(context.batch, context.tokens, cfg.ssd_head, cfg.ssd_head_dim)
-    y_BTHP, new_BHPN = _ssd_scan(cfg, (x_BTHP, dt_MH, params.A_log, B_MC, C_MC), None if state is None else state.ssd, context, scope)
-    return F.linear(y_BTHP.reshape(-1, x_width), params.out_proj), None if state is None else SsdState(new_BHPN)
+    y_BTHP, new_BHNP = _ssd_scan(cfg, (x_BTHP, dt_MH, params.A_log, B_MC, C_MC), None if state is None else state.ssd, context, scope)
+    return F.linear(y_BTHP.reshape(-1, x_width), params.out_proj), None if state is None else SsdState(new_BHNP)
 
 
 def _ssd_scan(
-    cfg: ModelConfig, inputs: tuple[Tensor, ...], state_BHPN: Tensor | None, context: Context, scope: str
+    cfg: ModelConfig, inputs: tuple[Tensor, ...], state_BHNP: Tensor | None, context: Context, scope: str
 ) -> tuple[Tensor, Tensor]:
     """The scan over x_BTHP, dt_MH, A_log_H and B and C in any shape, with rotation where the model rotates: y_BTHP and the state."""
     x_BTHP, dt_MH, A_log_H, B, C = inputs
@@ -44,14 +44,14 @@ def _ssd_scan(
     B_BTGN, C_BTGN = (part.reshape(*rows, cfg.ssd_group, cfg.ssd_state) for part in (B, C))
     op, angles = ("ssd_scan_rope", context.angles[cfg.ssd_state]) if cfg.ssd_rope else ("ssd_scan", ())
     arguments = (x_BTHP, dt_BTH, -torch.exp(A_log_H), B_BTGN, C_BTGN, *angles)
-    if context.in_place and state_BHPN is not None:
+    if context.in_place and state_BHNP is not None:
         in_place = ops.ssd_scan_rope_ if cfg.ssd_rope else ops.ssd_scan_
-        y_BTHP, new_BHPN = in_place(*arguments, state_BHPN, context.valid_B), state_BHPN
+        y_BTHP, new_BHNP = in_place(*arguments, state_BHNP, context.valid_B), state_BHNP
     else:
         functional = ops.ssd_scan_rope if cfg.ssd_rope else ops.ssd_scan
-        y_BTHP, new_BHPN = functional(*arguments, state_BHPN, context.valid_B)
-    context.tap(scope, op, y_BTHP, new_BHPN)
-    return y_BTHP, new_BHPN
+        y_BTHP, new_BHNP = functional(*arguments, state_BHNP, context.valid_B)
+    context.tap(scope, op, y_BTHP, new_BHNP)
+    return y_BTHP, new_BHNP
 
 
 def mamba2(
@@ -73,12 +73,12 @@ def mamba2(
     x_BTHP = x_BTC.unflatten(2, (cfg.ssd_head, cfg.ssd_head_dim))
     dt_MH = _step_size(cfg, dt_MH.to(params.A_log.dtype) + params.dt_bias.to(params.A_log.dtype))
     inputs = (x_BTHP, dt_MH, params.A_log, B_BTC, C_BTC)
-    y_BTHP, new_BHPN = _ssd_scan(cfg, inputs, None if state is None else state.ssd, context, scope)
+    y_BTHP, new_BHNP = _ssd_scan(cfg, inputs, None if state is None else state.ssd, context, scope)
     y_MC = (y_BTHP + x_BTHP * params.D.unsqueeze(-1)).reshape(-1, width)
     normed_MC = ops.gated_rms_norm(y_MC, z_MC, params.norm, cfg.norm_eps)
     context.tap(scope, "gated_rms_norm", normed_MC)
     out_MD = F.linear(normed_MC, params.out_proj, params.out_proj_bias)
-    return out_MD, None if state is None else Mamba2State(conv, new_BHPN)
+    return out_MD, None if state is None else Mamba2State(conv, new_BHNP)
 
 
 def _step_size(cfg: ModelConfig, dt: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def _step_size(cfg: ModelConfig, dt: Tensor) -> Tensor:
 
 
 def _convolution(
-    params: Mamba1Params | Mamba2Params, x_MC: Tensor, state_BCY: Tensor | None, context: Context, scope: str
+    params: Mamba1Params | Mamba2Params, x_MC: Tensor, state_BYC: Tensor | None, context: Context, scope: str
 ) -> tuple[Tensor, Tensor]:
     """SiLU of the causal convolution over time, and its state.
 
@@ -97,12 +97,12 @@ def _convolution(
     seem contiguous for some T only.
     """
     inputs = (x_MC.reshape(context.batch, context.tokens, -1), params.conv_weight, params.conv_bias)
-    if context.in_place and state_BCY is not None:
-        y_BTC, new_BCY = ops.causal_conv1d_(*inputs, state_BCY, context.valid_B, "silu"), state_BCY
+    if context.in_place and state_BYC is not None:
+        y_BTC, new_BYC = ops.causal_conv1d_(*inputs, state_BYC, context.valid_B, "silu"), state_BYC
     else:
-        y_BTC, new_BCY = ops.causal_conv1d(*inputs, state_BCY, context.valid_B, "silu")
-    context.tap(scope, "causal_conv1d", y_BTC, new_BCY)
-    return y_BTC, new_BCY
+        y_BTC, new_BYC = ops.causal_conv1d(*inputs, state_BYC, context.valid_B, "silu")
+    context.tap(scope, "causal_conv1d", y_BTC, new_BYC)
+    return y_BTC, new_BYC
 
 
 def mamba1(

@@ -171,11 +171,11 @@ def state_leaves(cfg: ModelConfig) -> list[LeafSpec]:
 
 def _mixer_leaves(cfg: ModelConfig, mixer: str) -> list[LeafSpec]:
     """A mixer's leaves, named as in its state."""
-    ssd = LeafSpec("ssd", "ssm", ("batch", cfg.ssd_head, cfg.ssd_head_dim, cfg.ssd_state), 0.0)
+    ssd = LeafSpec("ssd", "ssm", ("batch", cfg.ssd_head, cfg.ssd_state, cfg.ssd_head_dim), 0.0)
     if mixer == "ssd":
         return [ssd]
     if mixer in ("mamba1", "mamba2"):
-        conv = LeafSpec("conv", "conv", ("batch", conv_width(cfg, mixer), cfg.conv_size - 1), 0.0)
+        conv = LeafSpec("conv", "conv", ("batch", cfg.conv_size - 1, conv_width(cfg, mixer)), 0.0)
         return [conv, ssd if mixer == "mamba2" else LeafSpec("scan", "ssm", ("batch", cfg.mamba1_width, cfg.mamba1_state), 0.0)]
     if mixer == "dynamic_mask_attention" and cfg.keeps_window:
         slot: tuple[int | str, ...] = ("batch", cfg.n_kv_head, "window", cfg.head_dim)

@@ -18,22 +18,22 @@ from wm_graph.shapes import state_leaves
 class SsdState:
     """State space layer: the recurrent state, float32 (float64 in a float64 model)."""
 
-    ssd: Tensor  # BHPN
+    ssd: Tensor  # BHNP
 
 
 @dataclass(frozen=True)
 class Mamba2State:
     """Mamba-2 layer: the last inputs of the convolution and the recurrent state, float32."""
 
-    conv: Tensor  # BC(L-1)
-    ssd: Tensor  # BHPN
+    conv: Tensor  # B(L-1)C
+    ssd: Tensor  # BHNP
 
 
 @dataclass(frozen=True)
 class Mamba1State:
     """Mamba-1 layer: the last inputs of the convolution and the recurrent state, float32."""
 
-    conv: Tensor  # BC(L-1)
+    conv: Tensor  # B(L-1)C
     scan: Tensor  # BCN
 
 

@@ -1,8 +1,11 @@
 """Rewrites of the main graph of `model.ort.onnx` that make onnxruntime faster; the ops' own bodies are in wm_kernels."""
 
+import numpy as np
 import onnx
 
 from wm_kernels.onnx_body import MICROSOFT
+
+SCANS = ("WmSsdScan", "WmSsdScanRope")
 
 
 def tune_for_onnxruntime(proto: onnx.ModelProto) -> None:
@@ -10,6 +13,7 @@ def tune_for_onnxruntime(proto: onnx.ModelProto) -> None:
     _join_sums_with_norms(proto)
     _drop_thresholds_of_softplus(proto)
     _map_tied_head_apart(proto)
+    _mask_steps_once(proto)
 
 
 def _join_sums_with_norms(proto: onnx.ModelProto) -> None:
@@ -68,3 +72,31 @@ def _map_tied_head_apart(proto: onnx.ModelProto) -> None:
             head.name = "head"
             graph.initializer.append(head)
             node.input[1] = "head"
+
+
+def _mask_steps_once(proto: onnx.ModelProto) -> None:
+    """Set the step sizes of tokens that do not count to 0 before each scan, with one mask for all layers; each scan would make its own."""
+    graph, make = proto.graph, onnx.helper.make_node
+    scans = [node for node in graph.node if node.op_type in SCANS]
+    if not scans:
+        return
+    for name, value in {"zero": 0, "one": 1, "axis_1": [1], "axes_1_2": [1, 2], "no_step": np.float32(0)}.items():
+        graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value), f"mask/{name}"))
+    mask = [
+        make("Shape", ["tokens"], ["mask/length"], start=1, end=2),
+        make("Squeeze", ["mask/length"], ["mask/count"]),
+        make("Range", ["mask/zero", "mask/count", "mask/one"], ["mask/token_T"]),
+        make("Unsqueeze", ["mask/token_T", "mask/axis_1"], ["mask/token_T1"]),
+        make("Unsqueeze", [scans[0].input[-1], "mask/axes_1_2"], ["mask/valid_B11"]),
+        make("Less", ["mask/token_T1", "mask/valid_B11"], ["mask/counts_BT1"]),
+    ]
+    nodes = []
+    for node in graph.node:
+        if node.op_type in SCANS:
+            step_size = f"{node.name}/masked"
+            nodes.append(make("Where", ["mask/counts_BT1", node.input[1], "mask/no_step"], [step_size], name=step_size))
+            node.input[1] = step_size
+            node.attribute.append(onnx.helper.make_attribute("masked", 1))
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend([*mask, *nodes])

@@ -70,6 +70,8 @@ def onnx_from_program(program: Program, weights: Path, weights_name: str) -> dic
     protos: dict[Flavour, onnx.ModelProto] = {}
     for flavour in FILES:
         proto = ir.serde.serialize_model(model)
+        if flavour == "ort":
+            tune_for_onnxruntime(proto)
         try:
             functions = bodies(proto, flavour)
         except ValueError as error:  # two nodes of one op type that need two bodies
@@ -78,8 +80,6 @@ def onnx_from_program(program: Program, weights: Path, weights_name: str) -> dic
         proto.functions.extend(functions)
         _name_absent_inputs(proto)
         _declare_opsets(proto, functions)
-        if flavour == "ort":
-            tune_for_onnxruntime(proto)
         protos[flavour] = proto
     return protos
 

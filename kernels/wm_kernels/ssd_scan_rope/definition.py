@@ -19,12 +19,12 @@ def ssd_scan_rope_reference(
     C_BTGN: Tensor,
     cos_BTF: Tensor,
     sin_BTF: Tensor,
-    state_BHPN: Tensor | None,
+    state_BHNP: Tensor | None,
     valid_B: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Run the state space recurrence with B and C rotated by each token's position.
 
-        S_t = exp(dt_t A) S_{t-1} + dt_t x_t ⊗ rot_t(B_t)        y_t = S_t rot_t(C_t)
+        S_t = exp(dt_t A) S_{t-1} + rot_t(B_t) ⊗ dt_t x_t        y_t = rot_t(C_t)^T S_t
 
     so that y_t depends on the distance t - s to each earlier token s; the state never needs rotating again.
 
@@ -36,12 +36,12 @@ def ssd_scan_rope_reference(
         C_BTGN: output maps, not yet rotated.
         cos_BTF: cosines from `rope_angles`; 2F <= N; the first 2F entries of B and C are rotated as in `rope`.
         sin_BTF: sines from `rope_angles`.
-        state_BHPN: S before the first token, dtype of dt; None is zero.
+        state_BHNP: S before the first token, dtype of dt; None is zero.
         valid_B: tokens of each row that count, int64; None is T. Later tokens leave the state unchanged
             and their outputs are finite and without meaning.
 
     Returns:
-        (y_BTHP in the dtype of x, state_BHPN after the last valid token in the dtype of dt). Arguments are left unchanged.
+        (y_BTHP in the dtype of x, state_BHNP after the last valid token in the dtype of dt). Arguments are left unchanged.
 
     Raises:
         RuntimeError: shapes or dtypes disagree, H is not a multiple of G, or 2F > N; the message names both.
@@ -49,9 +49,9 @@ def ssd_scan_rope_reference(
     Source:
         arXiv:2412.11834 (rotary positions in the state space dual); Dao & Gu 2024, arXiv:2405.21060, section 6.
     """
-    _check("ssd_scan_rope", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, cos_BTF, sin_BTF, state_BHPN, valid_B)
+    _check("ssd_scan_rope", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, cos_BTF, sin_BTF, state_BHNP, valid_B)
     B_rot, C_rot = _rotate(x_BTHP, B_BTGN, C_BTGN, cos_BTF, sin_BTF)
-    return scan(x_BTHP, dt_BTH, A_H, B_rot, C_rot, state_BHPN, valid_B)
+    return scan(x_BTHP, dt_BTH, A_H, B_rot, C_rot, state_BHNP, valid_B)
 
 
 def _rotate(x_BTHP: Tensor, B_BTGN: Tensor, C_BTGN: Tensor, cos_BTF: Tensor, sin_BTF: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,10 +69,10 @@ def _check(
     C_BTGN: Tensor,
     cos_BTF: Tensor,
     sin_BTF: Tensor,
-    state_BHPN: Tensor | None,
+    state_BHNP: Tensor | None,
     valid_B: Tensor | None,
 ) -> None:
-    check_scan(op, x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHPN, valid_B)
+    check_scan(op, x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B)
     size = check_shapes(op, B_BTGN=B_BTGN, cos_BTF=cos_BTF, sin_BTF=sin_BTF)
     check_that(op, 2 * size["F"] <= size["N"], lambda: f"2F = {2 * size['F']} entries are rotated, expected at most N = {size['N']}")
 
@@ -86,11 +86,11 @@ def ssd_scan_rope(
     C_BTGN: Tensor,
     cos_BTF: Tensor,
     sin_BTF: Tensor,
-    state_BHPN: Tensor | None,
+    state_BHNP: Tensor | None,
     valid_B: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `ssd_scan_rope_reference`."""
-    y_BTHP, state = ssd_scan_rope_reference(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, cos_BTF, sin_BTF, state_BHPN, valid_B)
+    y_BTHP, state = ssd_scan_rope_reference(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, cos_BTF, sin_BTF, state_BHNP, valid_B)
     return y_BTHP.contiguous(), state.contiguous()
 
 
@@ -103,17 +103,17 @@ def _(
     C_BTGN: Tensor,
     cos_BTF: Tensor,
     sin_BTF: Tensor,
-    state_BHPN: Tensor | None,
+    state_BHNP: Tensor | None,
     valid_B: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    _check("ssd_scan_rope", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, cos_BTF, sin_BTF, state_BHPN, valid_B)
+    _check("ssd_scan_rope", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, cos_BTF, sin_BTF, state_BHNP, valid_B)
     return fake_scan(x_BTHP, B_BTGN)
 
 
 register_reference_autograd(ssd_scan_rope, ssd_scan_rope_reference)
 
 
-@torch.library.custom_op("wm::ssd_scan_rope_", mutates_args=("state_BHPN",))
+@torch.library.custom_op("wm::ssd_scan_rope_", mutates_args=("state_BHNP",))
 def ssd_scan_rope_(
     x_BTHP: Tensor,
     dt_BTH: Tensor,
@@ -122,13 +122,13 @@ def ssd_scan_rope_(
     C_BTGN: Tensor,
     cos_BTF: Tensor,
     sin_BTF: Tensor,
-    state_BHPN: Tensor,
+    state_BHNP: Tensor,
     valid_B: Tensor | None,
 ) -> Tensor:
-    """`ssd_scan_rope` that writes the new state into `state_BHPN`; see `ssd_scan_rope_reference`."""
-    _check("ssd_scan_rope_", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, cos_BTF, sin_BTF, state_BHPN, valid_B)
+    """`ssd_scan_rope` that writes the new state into `state_BHNP`; see `ssd_scan_rope_reference`."""
+    _check("ssd_scan_rope_", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, cos_BTF, sin_BTF, state_BHNP, valid_B)
     B_rot, C_rot = _rotate(x_BTHP, B_BTGN, C_BTGN, cos_BTF, sin_BTF)
-    return scan_(x_BTHP, dt_BTH, A_H, B_rot, C_rot, state_BHPN, valid_B).contiguous()
+    return scan_(x_BTHP, dt_BTH, A_H, B_rot, C_rot, state_BHNP, valid_B).contiguous()
 
 
 @ssd_scan_rope_.register_fake
@@ -140,8 +140,8 @@ def _(
     C_BTGN: Tensor,
     cos_BTF: Tensor,
     sin_BTF: Tensor,
-    state_BHPN: Tensor,
+    state_BHNP: Tensor,
     valid_B: Tensor | None,
 ) -> Tensor:
-    _check("ssd_scan_rope_", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, cos_BTF, sin_BTF, state_BHPN, valid_B)
+    _check("ssd_scan_rope_", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, cos_BTF, sin_BTF, state_BHNP, valid_B)
     return x_BTHP.new_empty(x_BTHP.shape)
