@@ -104,12 +104,12 @@ def _chunked(x_BTHP: Tensor, dt_BTH: Tensor, A_H: Tensor, B_BTGN: Tensor, C_BTGN
     # Between chunks: what each adds to the state, carried to the start of every later chunk and to the end.
     # The heads of a group share B and C, so they go through one product as E = R*P columns.
     tail_BGJRQ = decay_BGJRQq[..., -1, :]
-    added_BGJQE = (dtx_BGJRQP * tail_BGJRQ.unsqueeze(-1)).transpose(3, 4).reshape(B, G, J, Q, R * P)
-    added_BGJNRP = torch.matmul(B_BGJQN.transpose(-1, -2), added_BGJQE).view(B, G, J, N, R, P)
-    first_BGRNP = state_BHNP.view(B, G, R, N, P)
-    start_BGRJNP = _carry(first_BGRNP, added_BGJNRP.permute(0, 1, 4, 2, 3, 5), a_BGJRQ.sum(-1).transpose(2, 3))
+    added_BGJQRP = (dtx_BGJRQP * tail_BGJRQ.unsqueeze(-1)).transpose(3, 4)
+    added_BGJEN = torch.matmul(added_BGJQRP.reshape(B, G, J, Q, R * P).transpose(-1, -2), B_BGJQN)
+    added_BGRJNP = added_BGJEN.reshape(B, G, J, R, P, N).permute(0, 1, 3, 2, 5, 4)
+    start_BGRJNP = _carry(state_BHNP.reshape(B, G, R, N, P), added_BGRJNP, a_BGJRQ.sum(-1).transpose(2, 3))
     before_BGJNE = start_BGRJNP[:, :, :, :-1].permute(0, 1, 3, 4, 2, 5).reshape(B, G, J, N, R * P)
-    carried_BGJQRP = torch.matmul(C_BGJQN, before_BGJNE).view(B, G, J, Q, R, P)
+    carried_BGJQRP = torch.matmul(C_BGJQN, before_BGJNE).reshape(B, G, J, Q, R, P)
     head_BGJQR1 = torch.exp(a_BGJRQ.cumsum(-1)).transpose(3, 4).unsqueeze(-1)
     y_BGJQRP = y_BGJRQP.transpose(3, 4) + carried_BGJQRP * head_BGJQR1
     y_BTHP = y_BGJQRP.permute(0, 2, 3, 1, 4, 5).reshape(B, J * Q, H, P)[:, :T]
@@ -137,7 +137,7 @@ def _carry(state_BGRNP: Tensor, added_BGRJNP: Tensor, total_BGRJ: Tensor) -> Ten
     """The state at the start of every chunk and, last, after the end: (B, G, R, J + 1, N, P)."""
     parts = torch.cat([state_BGRNP.unsqueeze(3), added_BGRJNP], 3)
     decay = _segment_decay(F.pad(total_BGRJ, [1, 0]))
-    return torch.matmul(decay, parts.flatten(4)).view(parts.shape)
+    return torch.matmul(decay, parts.flatten(4)).reshape(parts.shape)
 
 
 def scan_(
