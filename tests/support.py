@@ -6,7 +6,7 @@ A new architecture gets a row in ARCHITECTURES; its cells fill as it enters the 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from helpers import COMPILED_BY, COMPILED_FAMILIES, DTYPES, FAMILIES
+from helpers import COMPILED_FAMILIES, DTYPES, FAMILIES
 
 # Architecture: (its tiny models in helpers.FAMILIES, its model_type in transformers).
 ARCHITECTURES: dict[str, tuple[tuple[str, ...], str | None]] = {
@@ -42,7 +42,7 @@ def table() -> str:
         yield ", ".join(word for word, kinds in (("GGUF", gguf), ("Hugging Face", imported)) if kind in kinds)
         yield ", ".join(filter(None, (f"ONNX {dtypes}" if dtypes else "", "Hugging Face" if kind in written else "")))
         yield dtypes
-        yield "float32" if {COMPILED_BY.get(family, family) for family in families} & set(COMPILED_FAMILIES) else ""
+        yield "float32" if set(families) & set(COMPILED_FAMILIES) else ""
 
     rows = [HEADER, ("---",) * len(HEADER), *(tuple(cell or "–" for cell in row(name)) for name in ARCHITECTURES)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows) + "\n"

@@ -19,7 +19,7 @@ B, T, CAPACITY = 3, 30, 40
 TOKENS_BT = np.random.default_rng(5).integers(0, 512, (B, T))
 
 
-@pytest.fixture(params=[*NEW_FAMILIES, "bamba-tiny"])
+@pytest.fixture(params=NEW_FAMILIES)
 def bundle(request: pytest.FixtureRequest, made: Any) -> Path:
     folder: Path = made(FAMILIES[request.param])[1]
     return folder
@@ -77,3 +77,16 @@ def test_a_subset_of_rows_and_a_reset_touch_no_other_row(session: Session) -> No
     for name, array in before.leaves.items():
         np.testing.assert_array_equal(after.leaves[name][1], array[1], err_msg=name)
     assert after.position_B.tolist() == [9, 7, 12]
+
+
+@pytest.mark.parametrize("graph", ["model.ort.onnx", "model.onnx"])
+def test_a_prompt_of_several_blocks_gives_the_logits_of_eager_wherever_they_are_selected(bundle: Path, graph: str) -> None:
+    tokens = np.random.default_rng(7).integers(0, 512, (1, 600))
+    select = np.array([[599, 0, 255, 256, 300, 511, 512]])
+    session = open_session(bundle, capacity=640, graph=graph)
+    close_to(session.prefill(tokens[:, :597], select=np.minimum(select, 596))[:, 1:], select_of_eager(bundle, tokens, select)[:, 1:])
+    close_to(session.prefill(tokens[:, 597:]), select_of_eager(bundle, tokens, select)[:, :1])
+
+
+def select_of_eager(bundle: Path, tokens: Array, select: Array) -> Array:
+    return open_session(bundle, runtime="eager", capacity=640).prefill(tokens, select=select)
