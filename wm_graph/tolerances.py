@@ -14,27 +14,30 @@ RUNTIME_DTYPES = {
     "compiled": ("float32", "float16", "bfloat16"),
     "onnxruntime-cpu": ("float32", "float16"),
 }
+AMPLIFIED = 10.0  # Mamba2-115M with random weights of scale 1: eager is off by 2 times max_abs
 FLOOR_ULPS = 2.0  # R's denominator is at least this many u of the output's scale, so that a lucky eager run condemns nobody
 
 
 @dataclass(frozen=True)
 class OpLimit:
-    """Largest error of one op fed with exact inputs of its dtype.
-
-    max |runtime - float64 reference| <= ulps * u * scale, where scale is the largest |value| of that output in the reference.
+    """Limits of one op fed with exact inputs of its dtype. An output that is float32 whatever the model's dtype has the limits of float32.
 
     Attributes:
         op: name without `wm::`.
         dtype: dtype of the op's inputs.
         runtime: a key of `RUNTIME_DTYPES`.
-        ulps: the limit in units of u(dtype) * scale.
-        reason: why it is as large as it is.
+        ulps: max |runtime - float64 reference| of an output, in units of u(dtype) times the reference's largest |value|.
+        R: rms error against the float64 reference, over that of eager or `FLOOR_ULPS` u of the reference's rms; pooled over 64 rows.
+        choice_rate: largest share of choices (experts, kept keys) that are not the reference's; 0 for an op that chooses nothing.
+        reason: why they are as large as they are.
     """
 
     op: str
     dtype: str
     runtime: str
     ulps: float
+    R: float
+    choice_rate: float
     reason: str
 
     @property
@@ -51,7 +54,7 @@ class ModelLimit:
         dtype: the model's dtype.
         runtime: a key of `RUNTIME_DTYPES`.
         R: rms error against the float64 oracle, over that of eager at the same dtype.
-        max_abs: largest error of one logit, for logits of rms 1 or less; larger logits scale it by their rms.
+        max_abs: largest error of one logit, for logits of rms 1 or less; larger logits scale it by their rms. See `max_abs_at`.
         choice_rate: largest share of choices that differ from the oracle's, each of them within its score budget.
         reason: where the numbers come from.
     """
@@ -62,6 +65,15 @@ class ModelLimit:
     max_abs: float
     choice_rate: float
     reason: str
+
+    def max_abs_at(self, scale: float, eager_max_abs: float) -> float:
+        """The largest error allowed of logits of rms `scale`, of which eager's worst is off by `eager_max_abs`.
+
+        A model that amplifies rounding, such as a deep stack of scans, takes eager itself over `max_abs`; others may then be off by R times
+        what eager is, and at most `AMPLIFIED` times `max_abs`.
+        """
+        table = self.max_abs * max(1.0, scale)
+        return max(table, min(self.R * eager_max_abs, AMPLIFIED * table))
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,7 @@ class ScoreBudget:
         return self.ulps * UNIT_ROUNDOFF[self.dtype]
 
 
+CHOICE = 1e-3  # of an op fed with exact inputs; none differs in the test's draws, whose exact ties count
 # op: ulps in float32, ulps in a half-precision dtype, reason; about three times what tests/test_tolerances.py measures
 _OPS: dict[str, tuple[float, float, str]] = {
     "rope_angles": (2, 2, "two float64-built tables joined by angle addition, rounded to float32 whatever the model's dtype"),
@@ -96,7 +109,7 @@ _OPS: dict[str, tuple[float, float, str]] = {
     "ssd_scan": (16, 2, "sums over tokens and state in float32; exponents of cumulative sums"),
     "ssd_scan_rope": (16, 2, "as ssd_scan, with B and C rotated"),
     "attention": (16, 2, "softmax and a weighted sum over the keys in float32"),
-    "attention_rope": (16, 2, "as attention, with q and k rotated"),
+    "attention_rope": (16, 3, "as attention, with q and k rotated, and rounded before they meet"),
     "keep_window_attention": (16, 2, "as attention, over the kept keys"),
     "product_key_topk": (8, 2, "softmax over scores that are products over half a query"),
     "expert_mix": (8, 2, "a product over the width per expert, then a sum over the experts"),
@@ -107,21 +120,23 @@ _OPS: dict[str, tuple[float, float, str]] = {
     "gated_rms_norm": (8, 4, "one sigmoid, a sum of squares over the width, one root"),
     "selective_scan": (16, 2, "sums over tokens and state in float32; one exp per token and state"),
 }
-# runtime: factor on the ulps of _OPS, reason
-_RUNTIMES: dict[str, tuple[float, str]] = {
-    "eager": (1.0, "the reference's arithmetic"),
-    "compiled": (1.0, "ops are opaque to the compiler: the same code"),
-    "onnxruntime-cpu": (2.0, "other orders of summation; exp and softmax of another library"),
+# runtime: factor on the ulps of _OPS, R, share of differing choices of an op that chooses, reason
+_RUNTIMES: dict[str, tuple[float, float, float, str]] = {
+    "eager": (1.0, 1.0, CHOICE, "the reference's arithmetic"),
+    "compiled": (1.0, 1.0, CHOICE, "ops are opaque to the compiler: the same code"),
+    "onnxruntime-cpu": (2.0, 1.5, CHOICE, "other orders of summation; exp and softmax of another library"),
 }
+_CHOOSING = ("keep_window_attention", "product_key_topk", "router_topk")
 _FLOAT32_ALWAYS = ("rope_angles",)
 
 
 def _op_limits() -> Iterator[OpLimit]:
     for op, (ulps_32, ulps_half, op_reason) in _OPS.items():
-        for runtime, (factor, runtime_reason) in _RUNTIMES.items():
+        for runtime, (factor, R, choice_rate, runtime_reason) in _RUNTIMES.items():
             for dtype in ("float32",) if op in _FLOAT32_ALWAYS else RUNTIME_DTYPES[runtime]:
                 ulps = ulps_32 if dtype == "float32" else ulps_half
-                yield OpLimit(op, dtype, runtime, factor * ulps, f"{op_reason}; {runtime_reason}")
+                rate = choice_rate if op in _CHOOSING else 0.0
+                yield OpLimit(op, dtype, runtime, factor * ulps, R, rate, f"{op_reason}; {runtime_reason}")
 
 
 OP_LIMITS: tuple[OpLimit, ...] = tuple(_op_limits())
@@ -198,7 +213,8 @@ def _models() -> Iterator[str]:
     yield "\n## Whole models\n"
     yield "R = rms(runtime - oracle) / rms(eager - oracle), pooled over draws; the oracle is the float64 reference of the same"
     yield f"stored weights. The denominator is at least {FLOOR_ULPS:g} u times the rms of the oracle's logits. Max abs is for logits of"
-    yield "rms 1 or less; larger logits scale it by their rms. NaN and infinity always fail.\n"
+    yield "rms 1 or less; larger logits scale it by their rms. Where eager itself comes near it, the limit is R times what eager's worst"
+    yield f"logit is off by, at most {AMPLIFIED:g} times max abs. NaN and infinity always fail.\n"
     title = ("dtype", "runtime", "R", "max abs", "differing choices", "reason")
     yield from _rows(title, ((m.dtype, m.runtime, f"{m.R:g}", f"{m.max_abs:g}", f"{m.choice_rate:.2%}", m.reason) for m in MODEL_LIMITS))
 
@@ -214,9 +230,16 @@ def _budgets() -> Iterator[str]:
 
 def _ops() -> Iterator[str]:
     yield "\n## Ops\n"
-    yield "Each op, fed with exact inputs of its dtype: max |runtime - float64 reference| <= ulps · u · max |reference|, for each output.\n"
-    title = ("op", "dtype", "runtime", "ulps", "as a fraction", "reason")
-    yield from _rows(title, ((o.op, o.dtype, o.runtime, f"{o.ulps:g}", f"{o.relative:.2g}", o.reason) for o in OP_LIMITS))
+    yield "Each op, fed with exact inputs of its dtype: max |runtime - float64 reference| <= ulps · u · max |reference|, for each output,"
+    yield f"and R as above, over at least 64 rows, with a floor of {FLOOR_ULPS:g} u of the output's rms. An output that is float32 in"
+    yield "any model (a state) has the limits of float32. Differing choices are a share of the experts or kept keys.\n"
+    title = ("op", "dtype", "runtime", "ulps", "as a fraction", "R", "differing choices", "reason")
+    yield from _rows(title, (_op_row(limit) for limit in OP_LIMITS))
+
+
+def _op_row(o: OpLimit) -> tuple[str, ...]:
+    choices = f"{o.choice_rate:.2%}" if o.choice_rate else "–"
+    return o.op, o.dtype, o.runtime, f"{o.ulps:g}", f"{o.relative:.2g}", f"{o.R:g}", choices, o.reason
 
 
 def render() -> str:

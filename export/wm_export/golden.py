@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from wm_graph.config import ModelConfig
+from wm_graph.model import forward
 from wm_graph.oracle import oracle_forward
 from wm_graph.params import Params
 
@@ -11,7 +12,8 @@ ROWS, PREFILL, DECODE = 2, 8, 4
 
 
 def golden_data(cfg: ModelConfig, params: Params) -> dict[str, Tensor]:
-    """`tokens` [B, T] int64, `prefill` (tokens to give at once, the rest one by one), `logits` [B, T, V] float64.
+    """`tokens` [B, T] int64, `prefill` (tokens to give at once, the rest one by one), `logits` [B, T, V] float64, and `eager_max_abs`, what
+    eager's worst logit is off by at the parameters' own dtype.
 
     The tokens of a row all differ, as far as the vocabulary allows, so that no two scores tie by accident.
     """
@@ -20,4 +22,7 @@ def golden_data(cfg: ModelConfig, params: Params) -> dict[str, Tensor]:
     rows = [torch.randperm(cfg.vocab_size, generator=generator)[:count] for _ in range(ROWS)]
     tokens_BT = torch.stack([row.repeat(-(-count // len(row)))[:count] for row in rows])
     logits_BTV, _ = oracle_forward(cfg, params, tokens_BT)
-    return {"tokens": tokens_BT, "prefill": torch.tensor(PREFILL), "logits": logits_BTV}
+    with torch.no_grad():
+        eager_BTV, _ = forward(cfg, params, tokens_BT)
+    off = (eager_BTV.double() - logits_BTV).abs().max()
+    return {"tokens": tokens_BT, "prefill": torch.tensor(PREFILL), "logits": logits_BTV, "eager_max_abs": off}

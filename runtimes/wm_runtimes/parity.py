@@ -311,7 +311,7 @@ class _Measurement:
             R=sums.rms / below if below else (0.0 if sums.rms == 0 else math.inf),
             R_limit=limit.R,
             max_abs=sums.max_abs,
-            max_abs_limit=limit.max_abs * max(1.0, scale),
+            max_abs_limit=limit.max_abs_at(scale, self.eager.max_abs),
             choice_rate=sums.judgement.rate,
             choice_rate_limit=limit.choice_rate,
             choice_excess=sums.judgement.excess,
