@@ -12,8 +12,9 @@ ROWS, PREFILL, DECODE = 2, 8, 4
 
 
 def golden_data(cfg: ModelConfig, params: Params) -> dict[str, Tensor]:
-    """`tokens` [B, T] int64, `prefill` (tokens to give at once, the rest one by one), `logits` [B, T, V] float64, and `eager_max_abs`, what
-    eager's worst logit is off by at the parameters' own dtype.
+    """`tokens` [B, T] int64, `prefill` (so many at once, then one by one), `logits` [B, T, V] float64, `eager_max_abs` float64.
+
+    The last is what eager's worst logit is off by at the parameters' own dtype.
 
     The tokens of a row all differ, as far as the vocabulary allows, so that no two scores tie by accident.
     """
