@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from cli_support import wm
 from import_sources import byte_vocabulary, convert, gguf_tensors, make_doge, make_llama, write_gguf
 from wm_graph.errors import CheckpointError, RuntimeUnavailableError
 from wm_graph.importers import import_source
@@ -236,7 +237,7 @@ def change_tensors(folder, **changes):
 def test_tensors_that_do_not_fit_are_refused_by_name(name, change, word, folder):
     tensors = load_file(folder / "model.safetensors")
     change_tensors(folder, **{name: change(tensors.get(name))})
-    assert_refused(folder, name, word)
+    assert_refused(folder, "source/model.safetensors: tensor", name, word)
 
 
 def load_norm():
@@ -249,6 +250,40 @@ def test_truncated_safetensors_are_refused(part, folder):
     data = path.read_bytes()
     path.write_bytes(data[: int(part * len(data))])
     assert_refused(folder, "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda value: value * float("nan"), "NaN or infinity"),
+        (lambda value: value[1:], "has shape"),
+        (lambda value: value.double(), "float64"),
+        (lambda value: None, "is missing"),
+    ],
+)
+def test_tensor_that_does_not_fit_is_refused_with_its_shard(change, word, tmp_path):
+    make_llama().save_pretrained(tmp_path / "source", max_shard_size="20KB")
+    shards = sorted((tmp_path / "source").glob("*.safetensors"))
+    assert len(shards) > 2
+    for shard in (shards[0], shards[-1]):
+        original = load_file(shard)
+        name = next(iter(original))
+        changed = {key: change(value) if key == name else value for key, value in original.items()}
+        save_file({key: value for key, value in changed.items() if value is not None}, shard)
+        assert_refused(tmp_path / "source", f"{shard.name}: tensor {name!r}", word)
+        save_file(original, shard)
+
+
+def test_tensor_that_no_shard_is_said_to_hold_is_refused_with_the_index(tmp_path):
+    make_llama().save_pretrained(tmp_path / "source", max_shard_size="20KB")
+    index = tmp_path / "source" / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    shard = tmp_path / "source" / values["weight_map"].pop("model.norm.weight")
+    index.write_text(json.dumps(values))
+    tensors = load_file(shard)
+    del tensors["model.norm.weight"]
+    save_file(tensors, shard)
+    assert_refused(tmp_path / "source", f"{index.name}: tensor 'model.norm.weight' is missing")
 
 
 def test_missing_shard_is_refused_by_name(tmp_path):
@@ -290,6 +325,19 @@ def test_two_gguf_files_are_refused_with_a_name_to_choose(gguf_bytes, tmp_path):
 def test_own_checkpoint_is_refused_with_the_reason(folder, tmp_path):
     convert(folder, tmp_path / "first")
     assert_refused(tmp_path / "first", "checkpoint of wm-graph already")
+
+
+@pytest.mark.parametrize("command", ["export", "export --targets hf", "info", "upcycle"])
+def test_hugging_face_folder_in_place_of_a_checkpoint_is_named(command, folder, tmp_path, capfd):
+    verb, *options = command.split()
+    options += [] if verb == "info" else ["-o", tmp_path / "made"]
+    options += ["--experts", 4, "--retrieval-heads", 1, "--picks", 1, "--retrieval-width", 2] if verb == "upcycle" else []
+    refused = wm(capfd, verb, folder, *options)
+    assert (refused.code, refused.out, refused.err.count("\n")) == (2, "", 1)
+    assert f"{folder}: is a Hugging Face folder" in refused.err
+    assert f"wm import {folder} -o CHECKPOINT" in refused.err
+    assert len(refused.err) < 400
+    assert not (tmp_path / "made").exists()
 
 
 def test_taken_folder_is_left_as_it_was(folder, tmp_path):

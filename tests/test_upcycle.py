@@ -13,12 +13,13 @@ from wm_export import export_bundle
 from wm_graph import ModelConfig, forward, load_checkpoint, save_checkpoint, upcycle, zero_state
 from wm_graph.errors import ConfigError
 from wm_graph.params import params_to_flat
-from wm_graph.upcycling import CARRIED, upcycle_checkpoint
+from wm_graph.shapes import count_parameters
+from wm_graph.upcycling import CARRIED, upcycle_checkpoint, upcycled_config
 from wm_runtimes import open_session
 
 SIZES = {"n_expert": 64, "n_retrieval_head": 2, "n_pick": 4, "d_retrieval": 16}
 FLAGS = ("--experts", 64, "--retrieval-heads", 2, "--picks", 4, "--retrieval-width", 16)
-DENSE = {name: FAMILIES[name] for name in ("cheems-tiny", "llama-tiny", "doge-tiny")}
+DENSE = {name: FAMILIES[name] for name in ("cheems-tiny", "llama-tiny", "doge-tiny", "bamba-tiny")}
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -103,6 +104,13 @@ REFUSED = {
     "no square": (FAMILIES["llama-tiny"], {"n_expert": 60}, "n_expert 60 is not a perfect square"),
     "no pick": (FAMILIES["llama-tiny"], {"n_pick": 0}, "n_pick is 0"),
     "odd width": (FAMILIES["llama-tiny"], {"d_retrieval": 7}, "d_retrieval 7 is odd"),
+    "a million million": (
+        FAMILIES["llama-tiny"],
+        {"n_expert": 10**12},
+        r"need 4,096,001.0 GB of memory, [\d,.]+ GB are available; take fewer",
+    ),
+    "no float holds it": (FAMILIES["llama-tiny"], {"n_expert": 10**400}, "n_expert is above 281474976710656"),
+    "wide queries": (FAMILIES["llama-tiny"], {"d_retrieval": 10**12}, "GB of memory"),
 }
 
 
@@ -112,6 +120,21 @@ def test_what_cannot_be_upcycled_is_refused_in_one_line(case: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         upcycle(cfg, lively_params(cfg), **(SIZES | changes))
     assert "\n" not in str(caught.value)
+
+
+def test_experts_past_the_memory_are_refused_before_anything_is_drawn(capfd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = FAMILIES["llama-tiny"]
+    save_checkpoint(tmp_path / "dense", cfg, lively_params(cfg))
+    sparse = upcycled_config(cfg, SIZES)
+    needed = 4 * (count_parameters(sparse) - count_parameters(cfg))
+    monkeypatch.setattr("wm_graph.upcycling._available_memory", lambda: needed)
+    assert wm(capfd, "upcycle", tmp_path / "dense", "-o", tmp_path / "sparse", *FLAGS).code == 0
+    monkeypatch.setattr("wm_graph.upcycling._available_memory", lambda: needed - 1)
+    monkeypatch.setattr("wm_graph.upcycling.draw", lambda *args: pytest.fail("drawn"))
+    result = wm(capfd, "upcycle", tmp_path / "dense", "-o", tmp_path / "other", *FLAGS)
+    assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
+    assert "the tables of 64 experts need" in result.err
+    assert not (tmp_path / "other").exists()
 
 
 def test_biases_are_refused_and_nothing_is_written(capfd, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Dense to sparse: gated MLPs become cross-domain mixtures of experts that, until they are trained, compute the same."""
 
+import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from wm_graph.params import Params, draw, params_from_flat, params_to_flat
 from wm_graph.shapes import parameter_shapes
 
 CARRIED = ("tokenizer.json", "generation.json")
+_MAX_SIZE = 2**48  # more than any memory holds; the square roots and products of what is below are exact
 
 
 def upcycle(
@@ -34,7 +37,7 @@ def upcycle(
         (configuration, parameters) of the sparse model.
 
     Raises:
-        ConfigError: the model has no MLP, has biases or experts already, or a size is out of range.
+        ConfigError: the model has no MLP, has biases or experts already, or a size is out of range or needs more memory than there is.
 
     Source:
         arXiv:2412.11834, whose sparse models go on from dense ones; the zeros are ours.
@@ -42,12 +45,40 @@ def upcycle(
     sizes = {"n_expert": n_expert, "n_retrieval_head": n_retrieval_head, "n_pick": n_pick, "d_retrieval": d_retrieval}
     sparse = upcycled_config(cfg, sizes)
     tensors, generator = params_to_flat(cfg, params), torch.Generator().manual_seed(seed)
-    for name, shape in parameter_shapes(sparse).items():
-        if name not in tensors:
-            like = tensors[name.rsplit(".", 1)[0] + ".down"]
-            fresh = torch.zeros(shape) if name.endswith(".expert_up") else draw(name.rsplit(".", 1)[-1], shape, generator)
-            tensors[name] = fresh.to(like)
+    missing = {name: shape for name, shape in parameter_shapes(sparse).items() if name not in tensors}
+    _check_memory(sum(math.prod(shape) for shape in missing.values()) * params.embedding.element_size(), n_expert)
+    for name, shape in missing.items():
+        like = tensors[name.rsplit(".", 1)[0] + ".down"]
+        fresh = torch.zeros(shape) if name.endswith(".expert_up") else draw(name.rsplit(".", 1)[-1], shape, generator)
+        tensors[name] = fresh.to(like)
     return sparse, params_from_flat(sparse, tensors)
+
+
+def _check_memory(needed: int, n_expert: int) -> None:
+    """Refuse tables that cannot be held, before the system ends a process that tries.
+
+    Raises:
+        ConfigError: more bytes are needed than are available.
+    """
+    available = _available_memory()
+    if available is not None and needed > available:
+        raise ConfigError(
+            f"upcycle: the tables of {n_expert} experts need {needed / 1e9:,.1f} GB of memory, {available / 1e9:,.1f} GB are available; "
+            "take fewer experts"
+        )
+
+
+def _available_memory() -> int | None:
+    """Bytes that this machine can still give; all that it has where the system does not say more, None where it says nothing."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # no such function, or no such name
+        return None
 
 
 def upcycled_config(cfg: ModelConfig, sizes: dict[str, int]) -> ModelConfig:
@@ -61,6 +92,8 @@ def upcycled_config(cfg: ModelConfig, sizes: dict[str, int]) -> ModelConfig:
         raise ConfigError(f"upcycle: the feed-forwards of {cfg.name!r} are {', '.join(sorted(kinds))}, expected mlp; take a dense model")
     if cfg.mlp_bias:
         raise ConfigError(f"upcycle: the mlp layers of {cfg.name!r} have biases, a mixture's shared MLP has none; take a model without")
+    if huge := [name for name, size in sizes.items() if size > _MAX_SIZE]:
+        raise ConfigError(f"upcycle: {huge[0]} is above {_MAX_SIZE}, more than any memory holds; take a smaller number")
     layers = tuple((mixer, "cdmoe" if feed_forward == "mlp" else feed_forward) for mixer, feed_forward in cfg.layers)
     return replace(cfg, name=f"{cfg.name}-moe", layers=layers, cdmoe_form="c2", **sizes)  # type: ignore[arg-type]
 

@@ -1,5 +1,6 @@
 """Checks that several commands make before any work starts."""
 
+import json
 from pathlib import Path
 
 from wm_graph.errors import CheckpointError, ConfigError, RuntimeUnavailableError
@@ -13,6 +14,22 @@ def refuse_existing(folder: Path) -> None:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder}: already exists and is not an empty folder; name a new folder")
+
+
+def refuse_hugging_face(folder: Path) -> None:
+    """Refuse a Hugging Face folder where a checkpoint is wanted: both have a config.json, of different fields.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # whoever reads the checkpoint says what is wrong with it
+    if isinstance(values, dict) and "model_type" in values and "layers" not in values:
+        raise CheckpointError(
+            f"{folder}: is a Hugging Face folder, expected a checkpoint; make one first: wm import {folder} -o CHECKPOINT"
+        )
 
 
 def split_names(text: str, known: tuple[str, ...], what: str) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from wm_graph.cli.checks import refuse_existing, split_names
+from wm_graph.cli.checks import refuse_existing, refuse_hugging_face, split_names
 from wm_graph.cli.console import human_bytes, print_fields, progress_bar
 from wm_graph.errors import CheckpointError, ConfigError
 from wm_graph.quiet import quiet_libraries
@@ -63,6 +63,7 @@ def _check_paths(checkpoint: Path, output: Path) -> None:
     refuse_existing(output)
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint}: no such checkpoint folder; `wm init` or `wm import` makes one")
+    refuse_hugging_face(checkpoint)
 
 
 def _check_alone(names: list[str], into: Path | None, dtype: str | None) -> None:

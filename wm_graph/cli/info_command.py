@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wm_graph.cli.arguments import AsJson
+from wm_graph.cli.checks import refuse_hugging_face
 from wm_graph.cli.console import human_bytes, human_count, print_fields, print_json
 from wm_graph.cli.presets_command import layer_summary
 
@@ -59,6 +60,7 @@ def _describe_checkpoint(folder: Path, capacity: int) -> dict[str, Any]:
     from wm_graph.config import ModelConfig
     from wm_graph.errors import CheckpointError
 
+    refuse_hugging_face(folder)
     file = folder / "config.json"
     try:
         text = file.read_text(encoding="utf-8")

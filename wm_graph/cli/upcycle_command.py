@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from wm_graph.cli.arguments import AsJson
-from wm_graph.cli.checks import refuse_existing
+from wm_graph.cli.checks import refuse_existing, refuse_hugging_face
 from wm_graph.cli.console import human_count, print_json
 
 
@@ -26,6 +26,7 @@ def command(
     the chat template come with it.
     """
     refuse_existing(output)
+    refuse_hugging_face(checkpoint)
     from wm_graph.shapes import count_parameters
     from wm_graph.upcycling import upcycle_checkpoint
 

@@ -7,14 +7,14 @@ from wm_graph.importers.family import Family, Same, Values, read_step_limits, wr
 from wm_graph.importers.fields import Fields
 from wm_graph.importers.llama import ATTENTION_SIZES, ATTENTION_TENSORS, gated_mlp_tensors
 from wm_graph.importers.mamba2 import MIXER_TENSORS, check_width
-from wm_graph.importers.rope import read_rope, write_rope
+from wm_graph.importers.rope import read_rope, rope_object, write_rope
 
 _FACTOR = "partial_rotary_factor"
 
 
 def _read(fields: Fields, values: Values) -> Values:
     heads = values["ssd_head"]
-    if fields.values.get("mamba_d_head", "auto") == "auto":
+    if fields.get("mamba_d_head", "auto") == "auto":
         head_dim = fields.integer("mamba_expand", 2) * values["d_model"] // max(heads, 1)
     else:
         head_dim = fields.integer("mamba_d_head")
@@ -32,7 +32,7 @@ def _read(fields: Fields, values: Values) -> Values:
 
 def _read_layers(fields: Fields) -> tuple[tuple[str, str], ...]:
     count = fields.integer("num_hidden_layers")
-    attends = [] if fields.values.get("attn_layer_indices") is None else fields.integers("attn_layer_indices")
+    attends = [] if fields.get("attn_layer_indices") is None else fields.integers("attn_layer_indices")
     if any(not 0 <= index < count for index in attends):
         raise fields.unsupported("attn_layer_indices", f"indices from 0 to {count - 1}")
     return tuple(("attention" if index in attends else "mamba2", "mlp") for index in range(count))
@@ -40,15 +40,12 @@ def _read_layers(fields: Fields) -> tuple[tuple[str, str], ...]:
 
 def _read_rope(fields: Fields, head_dim: int) -> Values:
     """As `read_rope`, with the share of a head that is rotated; transformers takes half where the inner object names none."""
-    inner = fields.values.get("rope_parameters")
-    nested = Fields(f"{fields.label}: rope_parameters", inner if isinstance(inner, dict) else {})
+    _, nested = rope_object(fields)
     width = int(head_dim * nested.number(_FACTOR, 0.5))
     if not 2 <= width <= head_dim:
         raise nested.unsupported(_FACTOR, f"a share of head_dim {head_dim} that is a pair at least and not more than all")
-    whole = {key: value for key, value in fields.values.items() if key != _FACTOR}
-    if isinstance(inner, dict):
-        whole["rope_parameters"] = {key: value for key, value in inner.items() if key != _FACTOR}
-    return {"rotary_dim": width if width < head_dim else 0, **read_rope(Fields(fields.label, whole))}
+    fields.require("attn_rotary_emb", width)  # what the files of the first Bamba models say besides
+    return {"rotary_dim": width if width < head_dim else 0, **read_rope(fields, whole=False)}
 
 
 def _write(cfg: ModelConfig) -> Values:
@@ -98,4 +95,7 @@ HUGGING_FACE = Family(
     fixed={"hidden_act": "silu"},
     read=_read,
     write=_write,
+    # transformers writes 0.5 as the factor whatever the inner object says, and reads that alone. The expansion is of mamba2 layers, and
+    # read where there are any; a rank of dt would be of mamba1 layers.
+    harmless=f"{_FACTOR} mamba_expand mamba_dt_rank",
 )

@@ -32,4 +32,7 @@ HUGGING_FACE = Family(
     fixed={"hidden_act": "silu", "is_moe": False, "sliding_window": None, "attention_bias": False},
     read=_read,
     write=write_rope,
+    # About the experts that is_moe switches on, in the names of transformers and in those of the first Doge models.
+    harmless="""num_experts num_experts_per_tok norm_topk_prob num_cdmoe_experts num_cdmoe_experts_per_head num_cdmoe_heads
+        expert_retrieval_size""",
 )

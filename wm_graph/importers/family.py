@@ -8,6 +8,7 @@ from typing import Any
 
 from wm_graph.config import ModelConfig
 from wm_graph.errors import CheckpointError, ConfigError
+from wm_graph.importers.config_keys import refuse_unknown_keys
 from wm_graph.importers.fields import REQUIRED, Fields
 from wm_graph.importers.layout import Layout, make_layout
 
@@ -45,6 +46,7 @@ class Family:
         read: (fields, the values of `same`) -> what else ModelConfig needs, or has otherwise.
         write: the inverse of `read`: what else config.json needs. A value that it cannot express shows when the result is read again.
         other: entries of `tensors` as some files have them instead, all or none.
+        harmless: keys of config.json, separated by spaces, that need not be read, beside `config_keys.HARMLESS`.
     """
 
     kind: str
@@ -57,6 +59,7 @@ class Family:
     read: Callable[[Fields, Values], Values]
     write: Callable[[ModelConfig], Values]
     other: Mapping[str, tuple[str, ...]] | None = None
+    harmless: str = ""
 
 
 _KINDS = {field.name: field.type for field in dataclass_fields(ModelConfig)}
@@ -66,7 +69,7 @@ def read_config(family: Family, fields: Fields, name: str) -> ModelConfig:
     """The configuration in a config.json of the family.
 
     Raises:
-        CheckpointError: a field is missing, of the wrong type, or asks for something that wm-graph does not have.
+        CheckpointError: a field is missing, of the wrong type, unknown, or asks for something that wm-graph does not have.
     """
     fields.require("quantization_config", None)
     for key, expected in family.fixed.items():
@@ -76,7 +79,9 @@ def read_config(family: Family, fields: Fields, name: str) -> ModelConfig:
     for same in family.same:
         default = same.default(values) if callable(same.default) else same.default
         values[same.name] = readers[_KINDS[same.name]](same.key, default)  # type: ignore[index]
-    return build_config(fields.label, **(values | family.read(fields, values)))
+    values |= family.read(fields, values)
+    refuse_unknown_keys(fields, family.kind, family.harmless.split())
+    return build_config(fields.label, **values)
 
 
 def write_config(family: Family, cfg: ModelConfig) -> Values:
@@ -109,7 +114,7 @@ def family_layout(family: Family, cfg: ModelConfig, stored: Collection[str] = ()
 
 def read_step_limits(fields: Fields) -> Values:
     """dt_min and dt_max from `time_step_limit`; transformers writes an infinite number as {"__float__": "Infinity"}."""
-    limit = fields.values.get("time_step_limit")
+    limit = fields.get("time_step_limit")
     if limit is None:
         return {}
     least, largest = (_float(end) for end in limit) if isinstance(limit, list) and len(limit) == 2 else (math.nan, math.nan)

@@ -38,6 +38,10 @@ class GgufTensors:
         """Element type of one tensor; float32 for a quantised one."""
         return _PLAIN.get(self._places[name].kind, torch.float32)
 
+    def place(self, name: str) -> str:
+        """The file, whatever the tensor."""
+        return self.label
+
     def read(self, name: str) -> Tensor:
         """One tensor.
 

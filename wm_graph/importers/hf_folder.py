@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from wm_graph.checkpoints import load_tensors, read_json
+from wm_graph.checkpoints import INDEX, WEIGHTS, load_tensors, read_json
 from wm_graph.config import ModelConfig
 from wm_graph.errors import CheckpointError
 from wm_graph.importers.families import FAMILIES
@@ -24,6 +25,7 @@ class FolderTensors:
 
     def __init__(self, folder: Path) -> None:
         self.label = str(folder)
+        self._folder = folder
         self._tensors = {name: value for name, value in load_tensors(folder).items() if not name.endswith(".rotary_emb.inv_freq")}
 
     @property
@@ -39,6 +41,18 @@ class FolderTensors:
         """One tensor, memory-mapped."""
         return self._tensors[name]
 
+    def place(self, name: str) -> str:
+        """The file that holds a tensor; where none does, the shard that should, or the index that does not know the tensor."""
+        index = self._folder / INDEX
+        if not index.exists():
+            return str(self._folder / WEIGHTS)
+        shards: dict[str, str] = read_json(index)["weight_map"]
+        for shard in sorted(set(shards.values()), reverse=True):  # of two that hold it, `load_tensors` takes the last
+            with safe_open(self._folder / shard, framework="pt") as handle:
+                if name in handle.keys():  # noqa: SIM118 (not a dict)
+                    return str(self._folder / shard)
+        return str(self._folder / shards[name] if name in shards else index)
+
     def drop_tied_head(self, head: str, embedding: str) -> None:
         """Forget a stored head that equals the embedding it is tied to.
 
@@ -48,7 +62,7 @@ class FolderTensors:
         if head not in self._tensors or embedding not in self._tensors:
             return
         if not torch.equal(self._tensors[head], self._tensors[embedding]):
-            raise CheckpointError(f"{self.label}: tie_word_embeddings is true, but tensor {head!r} differs from the embedding")
+            raise CheckpointError(f"{self.place(head)}: tie_word_embeddings is true, but tensor {head!r} differs from the embedding")
         del self._tensors[head]
 
 

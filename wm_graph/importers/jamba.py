@@ -30,7 +30,7 @@ def _read(fields: Fields, values: Values) -> Values:
     layers = tuple(
         ("attention" if index in attends else "mamba1", "moe" if experts > 1 and index in routes else "mlp") for index in range(count)
     )
-    rank = -(-values["d_model"] // 16) if fields.values.get("mamba_dt_rank") == "auto" else fields.integer("mamba_dt_rank")
+    rank = -(-values["d_model"] // 16) if fields.get("mamba_dt_rank") == "auto" else fields.integer("mamba_dt_rank")
     return {
         "layers": layers,
         "attention_rope": False,
@@ -111,4 +111,5 @@ HUGGING_FACE = Family(
     fixed={"hidden_act": "silu", "sliding_window": None, "mamba_inner_layernorms": True},
     read=_read,
     write=_write,
+    harmless="num_experts_per_tok",  # read where there are experts
 )

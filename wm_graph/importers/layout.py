@@ -36,6 +36,9 @@ class TensorSource(Protocol):
     def dtype(self, name: str) -> torch.dtype:
         """Element type that `read` gives."""
 
+    def place(self, name: str) -> str:
+        """The file that holds a tensor or, where none does, should hold it; for messages."""
+
     def read(self, name: str) -> Tensor:
         """One tensor; raises CheckpointError when its data cannot be decoded."""
 
@@ -142,7 +145,8 @@ def _read_parameter(source: TensorSource, parts: Parts, dtype: torch.dtype) -> T
         values = source.read(piece.name)
         memory.copy_(half_split(values, piece.interleaved_heads) if piece.interleaved_heads else values)
         if not torch.stack(torch.aminmax(memory)).isfinite().all():  # one pass, no temporary of the tensor's size
-            raise CheckpointError(f"{source.label}: tensor {piece.name!r} holds NaN or infinity as {str(dtype).removeprefix('torch.')}")
+            found = f"NaN or infinity as {str(dtype).removeprefix('torch.')}"
+            raise CheckpointError(f"{source.place(piece.name)}: tensor {piece.name!r} holds {found}; fetch or write the file again")
     return out
 
 
@@ -165,22 +169,21 @@ def half_split(rows: Tensor, heads: int) -> Tensor:
 def _check(source: TensorSource, layout: Layout) -> None:
     pieces = [piece for parts in layout.values() for piece in parts.pieces]
     if missing := [piece for piece in pieces if piece.name not in source.shapes]:
-        raise CheckpointError(
-            f"{source.label}: tensor {missing[0].name!r} is missing ({len(missing)} in all); expected shape {list(missing[0].shape)}"
-        )
+        name, shape = missing[0].name, list(missing[0].shape)
+        raise CheckpointError(f"{source.place(name)}: tensor {name!r} is missing ({len(missing)} in all); expected shape {shape}")
     known = {piece.name for piece in pieces}
     if unknown := [name for name in source.shapes if name not in known]:
+        name, count = unknown[0], len(unknown)
         raise CheckpointError(
-            f"{source.label}: tensor {unknown[0]!r} is unknown ({len(unknown)} in all); wm-graph does not support models that have it"
+            f"{source.place(name)}: tensor {name!r} is unknown ({count} in all); wm-graph does not support models that have it"
         )
     for piece in pieces:
         if source.shapes[piece.name] != piece.shape:
-            raise CheckpointError(
-                f"{source.label}: tensor {piece.name!r} has shape {list(source.shapes[piece.name])}, expected {list(piece.shape)}"
-            )
+            found = list(source.shapes[piece.name])
+            raise CheckpointError(f"{source.place(piece.name)}: tensor {piece.name!r} has shape {found}, expected {list(piece.shape)}")
         if source.dtype(piece.name) not in DTYPES:
-            found = str(source.dtype(piece.name)).removeprefix("torch.")
-            raise CheckpointError(f"{source.label}: tensor {piece.name!r} is {found}; expected float32, float16 or bfloat16")
+            kind = str(source.dtype(piece.name)).removeprefix("torch.")
+            raise CheckpointError(f"{source.place(piece.name)}: tensor {piece.name!r} is {kind}; expected float32, float16 or bfloat16")
 
 
 def _common_dtype(source: TensorSource, layout: Layout) -> torch.dtype:

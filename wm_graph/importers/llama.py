@@ -157,4 +157,5 @@ HUGGING_FACE = Family(
     fixed={"hidden_act": "silu"},
     read=lambda fields, values: read_layers(fields, "attention"),
     write=_write,
+    harmless="is_llama_config",  # SmolLM2's, from its training; transformers does not know it
 )

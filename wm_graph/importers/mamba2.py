@@ -70,4 +70,8 @@ HUGGING_FACE = Family(
     fixed={"hidden_act": "silu"},
     read=_read,
     write=_write,
+    # First values of dt and of the output; the dtype of the residual sum; and what Mistral's file says besides, which transformers does
+    # not read: its norm is RMS, gated first, and as wide as all heads. There are no positions.
+    harmless="""time_step_floor time_step_init_scheme time_step_max time_step_min time_step_rank time_step_scale rescale_prenorm_residual
+        residual_in_fp32 rms_norm norm_before_gate intermediate_size max_position_embeddings pad_vocab_size_multiple""",
 )

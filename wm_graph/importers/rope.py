@@ -5,26 +5,31 @@ from typing import Any
 import numpy as np
 
 from wm_graph.config import ModelConfig
-from wm_graph.errors import CheckpointError
-from wm_graph.importers.fields import Fields, clip
+from wm_graph.importers.fields import Fields
 
 _TYPES = "no scaling (null, or the type 'default'), or the type 'linear', 'llama3' or 'dynamic'"
 
 
-def read_rope(fields: Fields) -> dict[str, Any]:
+def read_rope(fields: Fields, *, whole: bool = True) -> dict[str, Any]:
     """The fields of ModelConfig about rotary frequencies, from a config.json of Hugging Face.
 
     They stand under `rope_theta` and `rope_scaling` or, since transformers 5, under `rope_parameters`; `rope_scaling` comes first.
 
+    Args:
+        fields: the config.json.
+        whole: refuse a share of the head, `partial_rotary_factor`; False where that is read elsewhere.
+
     Raises:
         CheckpointError: a field is missing, of the wrong type, or asks for something that wm-graph does not have.
     """
-    fields.require("partial_rotary_factor", 1.0)
     theta = fields.number("rope_theta", 10000.0)
-    key, nested = _chosen(fields)
-    nested.require("partial_rotary_factor", 1.0)
+    key, nested = rope_object(fields)
+    for place in (fields, nested) if whole else ():
+        place.require("partial_rotary_factor", 1.0)
+    for place in (fields, nested):
+        place.skip(("original_max_position_embeddings",))  # transformers, too, looks at it for llama3 alone
     found: dict[str, Any] = {"rope_theta": nested.number("rope_theta", theta)}
-    kind = nested.values.get("rope_type", nested.values.get("type", "default"))
+    kind = nested.get("rope_type", nested.get("type", "default"))
     if kind in ("default", "none"):
         return found
     if kind not in ("linear", "llama3", "dynamic"):
@@ -58,15 +63,15 @@ def write_rope(cfg: ModelConfig) -> dict[str, Any]:
     return {"rope_parameters": values, "max_position_embeddings": round(cfg.rope_original * cfg.rope_factor)}
 
 
-def _chosen(fields: Fields) -> tuple[str, Fields]:
-    """The object that counts and its key."""
-    for key in ("rope_scaling", "rope_parameters"):
-        values = fields.values.get(key)
-        if values is not None and not isinstance(values, dict):
-            raise CheckpointError(f"{fields.label}: {key!r} is {clip(values)}; expected an object")
-        if values:
-            return key, Fields(f"{fields.label}: {key}", values)
-    return "rope_parameters", Fields(fields.label, {})
+def rope_object(fields: Fields) -> tuple[str, Fields]:
+    """The key and the entries of the object that counts; what is in the other one does not matter.
+
+    Raises:
+        CheckpointError: under a key is something else than an object.
+    """
+    fields.skip(("rope_scaling", "rope_parameters"))
+    key = "rope_scaling" if fields.inner("rope_scaling").values else "rope_parameters"
+    return key, fields.inner(key)
 
 
 def read_gguf_scaling(fields: Fields, prefix: str) -> dict[str, Any]:
