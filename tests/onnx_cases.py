@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx.compose
 import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper
@@ -63,8 +65,19 @@ class Case:
         graph = helper.make_graph([node], "g", inputs, infos)
         opsets = [helper.make_opsetid("", 23), helper.make_opsetid("wm", 1), helper.make_opsetid("com.microsoft", 1)]
         model = helper.make_model(graph, opset_imports=opsets[: 3 if flavour == "ort" else 2], ir_version=10)
-        model.functions.extend(onnx_functions.bodies(model, flavour))
+        onnx_functions.add_bodies(model, flavour)
         return model
+
+
+def joined(cases: Sequence[Case], flavour: str) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """One model of a node for each case, and its feeds; names of case i begin with "i/"."""
+    model, *others = (onnx.compose.add_prefix(case.model(flavour), f"{i}/", rename_functions=False) for i, case in enumerate(cases))
+    for other in others:
+        model.graph.node.extend(other.graph.node)
+        model.graph.input.extend(other.graph.input)
+        model.graph.output.extend(other.graph.output)
+    onnx_functions.add_bodies(model, flavour)
+    return model, {f"{i}/{name}": value for i, case in enumerate(cases) for name, value in case.feeds().items()}
 
 
 def session_of_program(program: torch.export.ExportedProgram, flavour: str) -> ort.InferenceSession:
@@ -76,8 +89,7 @@ def session_of_program(program: torch.export.ExportedProgram, flavour: str) -> o
         )
     assert exported is not None
     model = exported.model_proto
-    del model.functions[:]
-    model.functions.extend(onnx_functions.bodies(model, flavour))
+    onnx_functions.add_bodies(model, flavour)
     if flavour == "ort":
         model.opset_import.add(domain="com.microsoft", version=1)
     return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -106,11 +118,11 @@ def rope_angles_case(B: int, T: int, seed: int = 0, start: int = 2**24 - 300, pa
     return Case("rope_angles", {"position_BT": position_BT} | length, base | written, base | {"double": True} | scaling)
 
 
-def rope_case(B: int, T: int, seed: int = 0, half: bool = False, pairs: int = 8) -> Case:
+def rope_case(B: int, T: int, seed: int = 0, half: bool = False, pairs: int = 8, H: int = 3) -> Case:
     rng = np.random.default_rng(seed)
-    x = normal(rng, B, T, 3, 20)
+    x = normal(rng, B, T, H, 20)
     cos, sin = angles(rng.integers(0, 1000, (B, T)), pairs)
-    return Case("rope", {"x_BTHP": x, "cos_BTF": cos, "sin_BTF": sin}, {"head_dim": 20, "num_heads": 3, "pairs": pairs}, half=half)
+    return Case("rope", {"x_BTHP": x, "cos_BTF": cos, "sin_BTF": sin}, {"head_dim": 20, "num_heads": H, "pairs": pairs}, half=half)
 
 
 def residual_rms_norm_case(B: int, T: int, seed: int = 0, half: bool = False, scale: bool = True) -> Case:
@@ -245,10 +257,10 @@ def conv_case(
     return Case("causal_conv1d", arguments, {"activation": activation, "channels": C, "taps": L}, {"activation": activation}, half=half)
 
 
-def gated_rms_norm_case(B: int, T: int, seed: int = 0, half: bool = False) -> Case:
+def gated_rms_norm_case(B: int, T: int, seed: int = 0, half: bool = False, eps: float = 1e-5) -> Case:
     rng = np.random.default_rng(seed)
     arguments = {"y_MC": normal(rng, B * T, 24), "z_MC": normal(rng, B * T, 24), "weight_C": normal(rng, 24)}
-    return Case("gated_rms_norm", arguments, {"eps": 1e-5}, {"eps": 1e-5}, half=half)
+    return Case("gated_rms_norm", arguments, {"eps": eps}, {"eps": eps}, half=half)
 
 
 def selective_case(B: int, T: int, seed: int = 0, half: bool = False, C: int = 10, N: int = 6) -> Case:
@@ -322,7 +334,7 @@ def moe_case(
     return Case("moe_mix", arguments, attributes, {"activation": activation, "gated": gated}, half=half)
 
 
-CASES = {
+CASES: dict[str, Callable[..., Case]] = {
     "rope_angles": rope_angles_case,
     "rope_angles_linear": lambda B, T, **more: rope_angles_case(B, T, scaling="linear", factor=3.7, **more),
     "rope_angles_llama3": lambda B, T, **more: rope_angles_case(

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from onnx.inliner import inline_local_functions
 from onnx.reference import ReferenceEvaluator
 
-from onnx_cases import CASES, Case, attention_case, letters, rope_angles_case
+from onnx_cases import CASES, Case, attention_case, joined, letters, rope_angles_case
 from wm_kernels import onnx_functions
 
 FLAVOURS = ["portable", "ort"]
@@ -254,34 +254,92 @@ def test_unset_cells_do_no_harm() -> None:
     np.testing.assert_array_equal(run.run(None, case.feeds())[0], want)
 
 
-@pytest.mark.parametrize("change", [{"half": True}, {"H": 2}])
-def test_two_bodies_of_one_op_type_are_refused(change: dict[str, Any]) -> None:
-    model, other = attention_case(1, 1).model("portable"), attention_case(1, 1, **change).model("portable")
-    for node in other.graph.node:
-        node.name = "other"
-        node.input[:] = [f"{n}_other" for n in node.input]
-        node.output[:] = [f"{n}_other" for n in node.output]
-    for info in other.graph.input:
-        info.name += "_other"
-    model.graph.node.extend(other.graph.node)
-    model.graph.input.extend(other.graph.input)
-    del model.functions[:]
-    with pytest.raises(ValueError, match="WmAttention nodes of one model need different bodies"):
-        onnx_functions.bodies(model, "portable")
+def calls(name: str, *changes: dict[str, Any]) -> list[Case]:
+    """A call of a case, then one for each set of changes to it."""
+    return [CASES[name](3, 5, seed=seed, **change) for seed, change in enumerate(({}, *changes))]
 
 
-def test_angles_of_two_tables_in_one_model() -> None:
-    cases = [rope_angles_case(2, 3, pairs=p) for p in (4, 8)]
-    nodes = [
-        helper.make_node("WmRopeAngles", ["p"], [f"c{i}", f"s{i}"], domain="wm", name=f"n{i}", **c.attributes) for i, c in enumerate(cases)
-    ]
-    outputs = [helper.make_tensor_value_info(f"{x}{i}", 1, ["B", "T", None]) for i in (0, 1) for x in "cs"]
-    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("p", TensorProto.INT64, ["B", "T"])], outputs)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23), helper.make_opsetid("wm", 1)], ir_version=10)
-    model.functions.extend(onnx_functions.bodies(model, "portable"))
+def exact_theta_case() -> Case:
+    """Of a theta whose nearest float32, for which `rope_angles_case` stands here, gives other angles."""
+    case = rope_angles_case(3, 5)
+    case.extra["theta"] = 10000.0001
+    case.attributes["exact_theta"] = "10000.0001"
+    return case
+
+
+# Two bodies: the first and the third call need one, the second another. One body: what differs, it reads from the calling node.
+TWO_BODIES = {
+    "heads": calls("attention", {"H": 2}, {}),
+    "half precision": calls("attention", {"half": True}, {}),
+    "heads of a packed projection": calls("attention_rope", {"K": 6}, {}),
+    "k": calls("router_topk", {"k": 2}, {}),
+    "normalisation": calls("router_topk", {"normalize": True}, {}),
+    "an absent input": calls("residual_rms_norm", {"scale": False}, {}),
+    "scaling of angles": [rope_angles_case(3, 5), rope_angles_case(3, 5, scaling="linear", factor=3.7), rope_angles_case(3, 5, pairs=8)],
+    "theta": [rope_angles_case(3, 5), exact_theta_case(), rope_angles_case(3, 5)],
+}
+ONE_BODY = {
+    "heads of a rotation": calls("rope", {"H": 2}),
+    "eps": calls("gated_rms_norm", {"eps": 0.1}),
+    "channels": calls("causal_conv1d_in_blocks", {"L": 4}),
+    "sizes": calls("selective_scan", {"C": 7, "N": 1}),
+    "pairs": [rope_angles_case(3, 5, pairs=p) for p in (4, 8)],
+}
+
+
+def assert_each_is_right(model: onnx.ModelProto, feeds: dict[str, np.ndarray], cases: list[Case], flavour: str) -> None:
+    """Every node of a model of `joined` gives its own case's numbers, in onnxruntime and, where it can, in the reference evaluator."""
     onnx.checker.check_model(model, full_check=True)
-    feeds = {"p": cases[0].arguments["position_BT"]}
-    for run in (session(model), ReferenceEvaluator(model)):
-        got = run.run(None, feeds)
-        judge(cases[0], got[:2], 4e-6)
-        judge(cases[1], got[2:], 4e-6)
+    runs = [session(model)]
+    if flavour == "portable":
+        runs.append(ReferenceEvaluator(inline_local_functions(model)))  # by itself it takes an op's last overload for every node
+    for run in runs:
+        got = iter(run.run(None, feeds))
+        for case in cases:
+            judge(case, [next(got) for _ in case.module.OUTPUTS], 3e-3 if case.half else 4e-6)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("name", TWO_BODIES)
+def test_nodes_that_need_two_bodies_have_each_their_own(name: str, flavour: str) -> None:
+    model, feeds = joined(TWO_BODIES[name], flavour)
+    assert [function.overload for function in model.functions] == ["", "2"]
+    assert [node.overload for node in model.graph.node] == ["", "2", ""]
+    assert model.SerializeToString(deterministic=True) == joined(TWO_BODIES[name], flavour)[0].SerializeToString(deterministic=True)
+    assert_each_is_right(model, feeds, TWO_BODIES[name], flavour)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("name", ONE_BODY)
+def test_nodes_of_equal_bodies_share_one(name: str, flavour: str) -> None:
+    model, feeds = joined(ONE_BODY[name], flavour)
+    assert len(model.functions) == 1
+    assert not any(item.HasField("overload") for item in (*model.functions, *model.graph.node))
+    assert_each_is_right(model, feeds, ONE_BODY[name], flavour)
+
+
+def test_bodies_of_the_other_flavour_replace_those_there() -> None:
+    cases = [CASES[name](3, 5) for name in ("causal_conv1d", "causal_conv1d_in_blocks")]
+    model, feeds = joined(cases, "ort")
+    assert [node.overload for node in model.graph.node] == ["", "2"]
+    assert_each_is_right(model, feeds, cases, "ort")
+    onnx_functions.add_bodies(model, "portable")
+    assert len(model.functions) == 1
+    assert_each_is_right(model, feeds, cases, "portable")
+
+
+@pytest.mark.parametrize(
+    ("op_type", "dtype", "message"),
+    [
+        ("WmNothing", TensorProto.FLOAT, "no body for wm op WmNothing; known: WmRopeAngles, "),
+        ("WmAttention", TensorProto.BFLOAT16, "WmAttention node 'node': first input must be float32 or float16, found BFLOAT16"),
+    ],
+)
+def test_a_node_without_a_body_is_refused_and_the_model_left_alone(op_type: str, dtype: int, message: str) -> None:
+    model = attention_case(1, 1).model("portable")
+    model.graph.node[0].op_type = op_type
+    model.graph.input[0].type.tensor_type.elem_type = dtype
+    before = model.SerializeToString(deterministic=True)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        onnx_functions.add_bodies(model, "portable")
+    assert model.SerializeToString(deterministic=True) == before

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
@@ -16,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 import wm_kernels as wm
 from helpers import LIMIT, lively_params, random_tokens
 from import_sources import convert, make_doge, make_llama, write_gguf
-from onnx_cases import rope_angles_case
+from onnx_cases import joined, rope_angles_case
 from wm_export import export_bundle, export_into
 from wm_export.program import export_program
 from wm_graph import Model, ModelConfig, forward, load_checkpoint, save_checkpoint, zero_state
@@ -153,13 +154,15 @@ def test_malformed_call_is_refused(changes, message):
         wm.rope_angles(torch.zeros((2, 1), dtype=torch.int64), 4, 1e4, **call)
 
 
-def test_nodes_of_two_scalings_in_one_model_are_refused():
-    model, other = rope_angles_case(1, 1).model("portable"), rope_angles_case(1, 1, scaling="linear", factor=2.0).model("portable")
-    other.graph.node[0].name = "other"
-    other.graph.node[0].output[:] = ["c", "s"]
-    model.graph.node.extend(other.graph.node)
-    with pytest.raises(ValueError, match="WmRopeAngles nodes of one model need different bodies"):
-        wm.onnx_functions.bodies(model, "portable")
+@pytest.mark.parametrize("flavour", ["portable", "ort"])
+def test_nodes_of_two_scalings_in_one_model_have_a_body_each(flavour):
+    cases = [rope_angles_case(2, 3), rope_angles_case(2, 3, scaling="linear", factor=2.0)]
+    model, feeds = joined(cases, flavour)
+    found = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)
+    for i, case in enumerate(cases):
+        for value, expected in zip(found[2 * i : 2 * i + 2], case.reference(), strict=True):
+            np.testing.assert_allclose(value, expected, rtol=0, atol=4e-7)
+    assert not np.allclose(found[0], found[2])
 
 
 def turned_params(cfg: ModelConfig) -> Params:

@@ -21,7 +21,7 @@ from wm_export.program import Program
 from wm_graph.errors import ExportError
 from wm_graph.quiet import quiet_libraries
 from wm_graph.taps import OP_OUTPUTS, TapNames
-from wm_kernels.onnx_functions import OPSET, TRANSLATIONS, bodies
+from wm_kernels.onnx_functions import OPSET, TRANSLATIONS, add_bodies
 
 Flavour = Literal["portable", "ort"]
 FILES: dict[Flavour, str] = {"portable": "model.onnx", "ort": "model.ort.onnx"}
@@ -60,7 +60,7 @@ def onnx_from_program(program: Program, weights: Path, weights_name: str) -> dic
         weights_name: its name relative to the ONNX files.
 
     Raises:
-        ExportError: the exporter changed the opset behind our back, a parameter is not in the weights, or an op needs two bodies.
+        ExportError: the exporter changed the opset behind our back, or a parameter is not in the weights.
     """
     model = _translate(program)
     _point_to_weights(model, stored_tensors(weights), weights_name)
@@ -72,14 +72,9 @@ def onnx_from_program(program: Program, weights: Path, weights_name: str) -> dic
         proto = ir.serde.serialize_model(model)
         if flavour == "ort":
             tune_for_onnxruntime(proto)
-        try:
-            functions = bodies(proto, flavour)
-        except ValueError as error:  # two nodes of one op type that need two bodies
-            raise ExportError(f"ONNX export: {error}") from error
-        del proto.functions[:]
-        proto.functions.extend(functions)
+        add_bodies(proto, flavour)
         _name_absent_inputs(proto)
-        _declare_opsets(proto, functions)
+        _declare_opsets(proto)
         protos[flavour] = proto
     return protos
 
@@ -211,16 +206,16 @@ def _strip(model: ir.Model) -> None:
 
 def _name_absent_inputs(proto: onnx.ModelProto) -> None:
     """Give every call of a function as many inputs as it has, the last too, by empty names: onnx's reference evaluator takes no fewer."""
-    counts = {function.name: len(function.input) for function in proto.functions}
+    counts = {(function.name, function.overload): len(function.input) for function in proto.functions}
     for node in proto.graph.node:
         if node.domain == "wm":
-            node.input.extend([""] * (counts[node.op_type] - len(node.input)))
+            node.input.extend([""] * (counts[node.op_type, node.overload] - len(node.input)))
 
 
-def _declare_opsets(proto: onnx.ModelProto, functions: list[onnx.FunctionProto]) -> None:
+def _declare_opsets(proto: onnx.ModelProto) -> None:
     """Import every domain that the main graph and the function bodies use, each once, in a fixed order."""
     versions = {item.domain: item.version for item in proto.opset_import} | {"wm": 1}
-    for function in functions:
+    for function in proto.functions:
         for item in function.opset_import:
             known = versions.setdefault(item.domain, item.version)
             if known != item.version:

@@ -339,15 +339,3 @@ def _references(node: onnx.NodeProto) -> set[str]:
         for inner in graph.node:
             found |= _references(inner)
     return found
-
-
-def single(op_type: str, variants: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The one variant of an op in a model; a model that needs two bodies of one op type is refused."""
-    first = variants[0]
-    for other in variants[1:]:
-        differ = ", ".join(f"{k}: {first.get(k)} and {other.get(k)}" for k in sorted({*first, *other}) if first.get(k) != other.get(k))
-        if differ:
-            raise ValueError(
-                f"{op_type} nodes of one model need different bodies ({differ}); give them equal shapes, dtypes and attributes"
-            )
-    return first

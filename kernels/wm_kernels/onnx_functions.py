@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -27,7 +27,7 @@ from wm_kernels.selective_scan import onnx_function as selective_scan
 from wm_kernels.ssd_scan import onnx_function as ssd_scan
 from wm_kernels.ssd_scan_rope import onnx_function as ssd_scan_rope
 
-__all__ = ["DOMAIN", "OPSET", "TRANSLATIONS", "Flavour", "bodies"]
+__all__ = ["DOMAIN", "OPSET", "TRANSLATIONS", "Flavour", "add_bodies"]
 
 _MODULES: dict[str, ModuleType] = {
     "wm::rope_angles": rope_angles,
@@ -47,47 +47,57 @@ _MODULES: dict[str, ModuleType] = {
     "wm::gated_rms_norm": gated_rms_norm,
     "wm::selective_scan": selective_scan,
 }
+_BY_OP_TYPE: dict[str, ModuleType] = {module.OP_TYPE: module for module in _MODULES.values()}
 
 TRANSLATIONS: Mapping[str, Callable[..., Any]] = {name: module.translation for name, module in _MODULES.items()}
 """Torch op name -> the function that writes its node, for `custom_translation_table`."""
 
 
-def bodies(model: onnx.ModelProto | ir.Model, flavour: Flavour) -> list[onnx.FunctionProto]:
-    """One function per Wm op type that the model's main graph uses, specialised to its nodes, in the order of TRANSLATIONS.
+def add_bodies(model: onnx.ModelProto, flavour: Flavour) -> None:
+    """Replace the model's functions by the bodies of its Wm nodes, specialised to them, op by op in the order of TRANSLATIONS.
+
+    Nodes of one op type share a body where theirs would be equal. An op's first body has no overload; others, in the order of their first
+    nodes, are overloads "2", "3", ... of the function, as their nodes say too.
 
     Args:
-        model: holds the nodes; their attributes and the dtype of their first input decide the bodies.
-        flavour: "portable" for standard ops of opset 23, "ort" to allow com.microsoft ops.
-
-    Returns:
-        FunctionProtos of domain "wm"; those of flavour "ort" may import com.microsoft version 1.
+        model: its main graph holds the nodes; their attributes, absent inputs and the dtype of their first input decide the bodies.
+        flavour: "portable" for standard ops of opset 23, "ort" to allow com.microsoft ops, which the functions then import in version 1.
 
     Raises:
-        ValueError: two nodes of one op type need different bodies, or a node's dtype is missing or neither float32 nor float16.
+        ValueError: an op has no body, or a node's dtype is missing or neither float32 nor float16.
     """
-    if isinstance(model, onnx.ModelProto):
-        model = ir.serde.deserialize_model(model)
-    variants: dict[str, list[dict[str, Any]]] = {}
-    for node in _nodes(model.graph):
-        variants.setdefault(node.op_type, []).append(_variant(node))
-    made = [module.body(flavour, variants.pop(module.OP_TYPE)) for module in _MODULES.values() if module.OP_TYPE in variants]
-    if variants:
-        raise ValueError(f"no body for wm op {', '.join(sorted(variants))}; known: {', '.join(m.OP_TYPE for m in _MODULES.values())}")
-    return made
+    twins = ir.serde.deserialize_model(model).graph  # the same nodes, whose inputs know their dtypes
+    calls = [(node, _variant(twin)) for node, twin in zip(model.graph.node, twins, strict=True) if node.domain == DOMAIN]
+    del model.functions[:]
+    for op_type, module in _BY_OP_TYPE.items():
+        nodes = [node for node, _ in calls if node.op_type == op_type]
+        variants = [variant for node, variant in calls if node.op_type == op_type]
+        if module is rope_angles:
+            variants = rope_angles.share_tables(variants)
+        model.functions.extend(_overloads(nodes, [module.body(flavour, one) for one in variants]))
 
 
-def _nodes(graph: ir.Graph) -> Iterator[ir.Node]:
-    for node in graph.all_nodes():
-        if node.domain == DOMAIN:
-            yield node
+def _overloads(nodes: Sequence[onnx.NodeProto], functions: Sequence[onnx.FunctionProto]) -> list[onnx.FunctionProto]:
+    """The different ones among the nodes' functions, in order; each node is told its own."""
+    made: dict[bytes, onnx.FunctionProto] = {}
+    for node, function in zip(nodes, functions, strict=True):
+        key = function.SerializeToString(deterministic=True)
+        if made and key not in made:
+            function.overload = str(len(made) + 1)
+        node.ClearField("overload")
+        if overload := made.setdefault(key, function).overload:  # the field is not written where it is not needed
+            node.overload = overload
+    return list(made.values())
 
 
 def _variant(node: ir.Node) -> dict[str, Any]:
     """What a body may depend on: attributes, absent inputs, and the file's dtype."""
-    names = {module.OP_TYPE: [name for name, _ in module.INPUTS] for module in _MODULES.values()}.get(node.op_type, [])
-    present = [value is not None for value in node.inputs] + [False] * len(names)
+    if node.op_type not in _BY_OP_TYPE:
+        raise ValueError(f"no body for wm op {node.op_type}; known: {', '.join(_BY_OP_TYPE)}")
+    inputs = _BY_OP_TYPE[node.op_type].INPUTS
+    present = [value is not None for value in node.inputs] + [False] * len(inputs)
     variant: dict[str, Any] = {attribute.name: attribute.value for attribute in node.attributes.values()}
-    variant["absent"] = tuple(name for name, there in zip(names, present, strict=False) if not there)
+    variant["absent"] = tuple(name for (name, _), there in zip(inputs, present, strict=False) if not there)
     if node.op_type != rope_angles.OP_TYPE:
         variant["dtype"] = _dtype(node)
     return variant

@@ -7,13 +7,12 @@ Letters: B batch, T tokens, H heads, K kv heads, Q = H / K, P head dim, S cache 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 
-from wm_kernels.onnx_body import FLOAT16, INT32, Body, Flavour, Value, single
+from wm_kernels.onnx_body import FLOAT16, INT32, Body, Flavour, Value
 from wm_kernels.onnx_schema import FLOAT_T, INT64, size, wm_op
 
 OP_TYPE = "WmAttention"
@@ -36,16 +35,15 @@ def translation(q_BTHP: Any, k_BTKP: Any, v_BTKP: Any, cache_k: Any, cache_v: An
     return _node(q_BTHP, k_BTKP, v_BTKP, cache_k, cache_v, position_B, valid_B, **attributes)
 
 
-def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionProto:
+def body(flavour: Flavour, one: dict[str, Any]) -> onnx.FunctionProto:
     """The function, for one (H, K, P). `valid_B` is not read: causality hides the padding, and the next call overwrites it."""
-    one = single(OP_TYPE, variants)
     g = Body(OP_TYPE, [name for name, _ in INPUTS], one["dtype"], flavour)
     q, k, v, cache_k, cache_v, position_B, _ = g.all_inputs()
 
     def masked() -> tuple[Value, ...]:
         return attend_masked(g, one, q, k, v, cache_k, cache_v, position_B)
 
-    if g.ort:
+    if takes_grouped(g, one):
         call = Call(g, g.dim(q, 0), g.dim(q, 1), position_B)
         flat = [g.reshape(x, 0, 0, -1) for x in (q, k, v)]
         out_BTE, next_k, next_v = g.branch(
@@ -77,6 +75,11 @@ class Call:
         self.is_grouped = g.Equal(T, self.one) | g.Equal(B, self.one) | g.Equal(last, self.zero)
         self.last_cell_B = g.Cast(position_B + (T - self.one), to=INT32)
         self.total = g.Cast(self.L, to=INT32)
+
+
+def takes_grouped(g: Body, one: dict[str, Any]) -> bool:
+    """Whether GroupQueryAttention takes these heads: onnxruntime's refuses widths that are no multiple of 8."""
+    return g.ort and one["head_dim"] % 8 == 0
 
 
 def attend_grouped(

@@ -7,13 +7,12 @@ Letters: B batch, T tokens, H heads, K kv heads, P head dim, F rotated pairs, S 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import onnx
 
-from wm_kernels.attention.onnx_function import Call, attend_grouped, attend_masked, flat_output
-from wm_kernels.onnx_body import FLOAT, Body, Flavour, Value, single
+from wm_kernels.attention.onnx_function import Call, attend_grouped, attend_masked, flat_output, takes_grouped
+from wm_kernels.onnx_body import FLOAT, Body, Flavour, Value
 from wm_kernels.onnx_schema import FLOAT32, FLOAT_T, INT64, size, wm_op
 from wm_kernels.rope.onnx_function import rotate
 
@@ -39,16 +38,15 @@ def translation(
     return _node(qkv, cos, sin, cache_k, cache_v, position_B, valid_B, **attributes)
 
 
-def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionProto:
+def body(flavour: Flavour, one: dict[str, Any]) -> onnx.FunctionProto:
     """The function, for one (H, K, P, F)."""
-    one = single(OP_TYPE, variants)
     g = Body(OP_TYPE, [name for name, _ in INPUTS], one["dtype"], flavour)
     qkv, cos, sin, cache_k, cache_v, position_B, _ = g.all_inputs()
 
     def masked() -> tuple[Value, ...]:
         return flat_output(g, attend_masked(g, one, *_rotated(g, one, qkv, cos, sin), cache_k, cache_v, position_B))
 
-    if not g.ort:
+    if not takes_grouped(g, one):
         out, next_k, next_v = masked()
     else:
         call = Call(g, g.dim(cos, 0), g.dim(cos, 1), position_B)

@@ -10,12 +10,11 @@ Letters: B batch, T tokens, C channels, L taps, Y = L - 1, S = Y + T.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import onnx
 
-from wm_kernels.onnx_body import Body, Flavour, Ref, Value, single
+from wm_kernels.onnx_body import Body, Flavour, Ref, Value
 from wm_kernels.onnx_schema import FLOAT32, FLOAT_T, INT64, size, wm_op
 
 OP_TYPE = "WmCausalConv1d"
@@ -32,11 +31,10 @@ def translation(x_BTC: Any, weight_CL: Any, bias_C: Any, state_BYC: Any, valid_B
     return _node(x_BTC, weight_CL, bias_C, state_BYC, valid_B, activation=activation, channels=size(weight_CL, 0), taps=size(weight_CL, 1))
 
 
-def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionProto:
-    """The function, for one activation and one L; convolutions of one model may differ in channels."""
-    one = single(OP_TYPE, [{k: v for k, v in variant.items() if k != "channels"} for variant in variants])
+def body(flavour: Flavour, one: dict[str, Any]) -> onnx.FunctionProto:
+    """The function, for one activation and one L; in blocks, the channels are read from the calling node."""
     L = one["taps"]
-    in_blocks = flavour == "ort" and all(variant["channels"] % BLOCK == 0 for variant in variants)
+    in_blocks = flavour == "ort" and one["channels"] % BLOCK == 0
     g = Body(OP_TYPE, [name for name, _ in INPUTS], one["dtype"], flavour)
     x_BTC, weight_CL, bias_C, state_BYC, valid_B = g.all_inputs()
     wide_BTC, wide_CL = g.f32(x_BTC), g.f32(weight_CL)

@@ -7,12 +7,11 @@ Letters: B batch, T tokens, M = B·T, D model width, R retrieval heads, k picks,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import onnx
 
-from wm_kernels.onnx_body import FLOAT, Body, Flavour, Value, single
+from wm_kernels.onnx_body import FLOAT, Body, Flavour, Value
 from wm_kernels.onnx_schema import FLOAT_T, INT64, size, wm_op
 
 OP_TYPE = "WmExpertMix"
@@ -40,9 +39,8 @@ def translation(x_BTD: Any, expert_BTRk: Any, weight_BTRk: Any, down_ED: Any, up
     )
 
 
-def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionProto:
+def body(flavour: Flavour, one: dict[str, Any]) -> onnx.FunctionProto:
     """The function, for one activation and one A."""
-    one = single(OP_TYPE, variants)
     A, D = one["num_picks"], one["width"]
     g = Body(OP_TYPE, [name for name, _ in INPUTS], one["dtype"], flavour)
     x_BTD, expert_BTRk, weight_BTRk, down_ED, up_ED = g.all_inputs()

@@ -9,12 +9,11 @@ Letters: M = B·T, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import onnx
 
-from wm_kernels.onnx_body import FLOAT, Body, Flavour, Ref, single
+from wm_kernels.onnx_body import FLOAT, Body, Flavour, Ref
 from wm_kernels.onnx_schema import FLOAT_T, wm_op
 
 OP_TYPE = "WmGatedRmsNorm"
@@ -28,9 +27,8 @@ def translation(y_MC: Any, z_MC: Any, weight_C: Any, eps: float) -> Any:
     return _node(y_MC, z_MC, weight_C, eps=eps)
 
 
-def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionProto:
-    """The function; eps is read from the calling node, so it may differ between nodes."""
-    one = single(OP_TYPE, [{k: v for k, v in variant.items() if k != "eps"} for variant in variants])
+def body(flavour: Flavour, one: dict[str, Any]) -> onnx.FunctionProto:
+    """The function; eps is read from the calling node."""
     g = Body(OP_TYPE, [name for name, _ in INPUTS], one["dtype"], flavour)
     y_MC, z_MC, weight_C = g.all_inputs()
     wide_MC = g.f32(z_MC)

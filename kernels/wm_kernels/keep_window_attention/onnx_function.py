@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from wm_kernels.onnx_body import FLOAT, INT64, UINT8, Body, Flavour, Value, single
+from wm_kernels.onnx_body import FLOAT, INT64, UINT8, Body, Flavour, Value
 from wm_kernels.onnx_schema import FLOAT32, FLOAT_T, size, wm_op
 from wm_kernels.onnx_schema import INT64 as INT64_T
 
@@ -69,9 +69,8 @@ def translation(
     return _node(q_BTHP, k_BTKP, v_BTKP, score_BTK, slot_k, slot_v, slot_score, slot_position, position_B, valid_B, **attributes)
 
 
-def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionProto:
+def body(flavour: Flavour, one: dict[str, Any]) -> onnx.FunctionProto:
     """The function, for one (H, K, P); W is the slots' own."""
-    one = single(OP_TYPE, variants)
     g = Body(OP_TYPE, [name for name, _ in INPUTS], one["dtype"], flavour)
     node = _Node(g, one["num_heads"], one["kv_num_heads"], one["head_dim"], *g.all_inputs())
     types = (g.dtype, g.dtype, g.dtype, FLOAT, INT64)

@@ -16,7 +16,7 @@ from typing import Any
 import onnx
 
 from wm_kernels.expert_mix.onnx_function import activate
-from wm_kernels.onnx_body import FLOAT, Body, Flavour, Value, single
+from wm_kernels.onnx_body import FLOAT, Body, Flavour, Value
 from wm_kernels.onnx_body import INT64 as INT
 from wm_kernels.onnx_schema import FLOAT_T, INT64, size, wm_op
 
@@ -56,9 +56,8 @@ def translation(
     return _node(x_MD, expert_Mk, weight_Mk, in_EFD, in_bias_EF, out_EDI, out_bias_ED, **attributes)
 
 
-def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionProto:
+def body(flavour: Flavour, one: dict[str, Any]) -> onnx.FunctionProto:
     """The function, for one activation, one k and one size of an expert."""
-    one = single(OP_TYPE, variants)
     g = Body(OP_TYPE, [name for name, _ in INPUTS], one["dtype"], flavour)
     inputs = dict(zip((name for name, _ in INPUTS), g.all_inputs(), strict=True))
     x_MD, expert_Mk, weight_Mk = g.f32(inputs["x_MD"]), inputs["expert_Mk"], g.f32(inputs["weight_Mk"])

@@ -9,12 +9,11 @@ Letters: B batch, T tokens, M = B·T, R retrieval heads, J sub-keys per half, k 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import onnx
 
-from wm_kernels.onnx_body import Body, Flavour, single
+from wm_kernels.onnx_body import Body, Flavour
 from wm_kernels.onnx_schema import FLOAT_T, INT64, size, wm_op
 
 OP_TYPE = "WmProductKeyTopk"
@@ -28,9 +27,8 @@ def translation(query_BTR2d: Any, keys_RJ2d: Any, k: int) -> Any:
     return _node(query_BTR2d, keys_RJ2d, k=k, num_heads=size(keys_RJ2d, 0), num_keys=size(keys_RJ2d, 1))
 
 
-def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionProto:
+def body(flavour: Flavour, one: dict[str, Any]) -> onnx.FunctionProto:
     """The function, for one (k, R, J)."""
-    one = single(OP_TYPE, variants)
     k, R, J = one["k"], one["num_heads"], one["num_keys"]
     g = Body(OP_TYPE, [name for name, _ in INPUTS], one["dtype"], flavour)
     query_BTR2d, keys_RJ2d = g.all_inputs()

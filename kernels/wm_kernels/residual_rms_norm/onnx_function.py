@@ -7,12 +7,11 @@ Letters: M = B·T, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import onnx
 
-from wm_kernels.onnx_body import FLOAT, Body, Flavour, Ref, single
+from wm_kernels.onnx_body import FLOAT, Body, Flavour, Ref
 from wm_kernels.onnx_schema import FLOAT_T, wm_op
 
 OP_TYPE = "WmResidualRmsNorm"
@@ -26,9 +25,8 @@ def translation(x_MD: Any, residual_MD: Any, scale_D: Any, weight_D: Any, eps: f
     return _node(x_MD, residual_MD, scale_D, weight_D, eps=eps)
 
 
-def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionProto:
-    """The function; eps is read from the calling node, so it may differ between nodes."""
-    one = single(OP_TYPE, [{k: v for k, v in variant.items() if k != "eps"} for variant in variants])
+def body(flavour: Flavour, one: dict[str, Any]) -> onnx.FunctionProto:
+    """The function; eps is read from the calling node."""
     g = Body(OP_TYPE, [name for name, _ in INPUTS], one["dtype"], flavour)
     x_MD, residual_MD, scale_D, weight_D = g.all_inputs()
     scaled_MD = g.f32(residual_MD)

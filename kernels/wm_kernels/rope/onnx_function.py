@@ -7,12 +7,11 @@ Letters: B batch, T tokens, H heads, P head dim, F rotated pairs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import onnx
 
-from wm_kernels.onnx_body import Body, Flavour, Ref, Value, single
+from wm_kernels.onnx_body import Body, Flavour, Ref, Value
 from wm_kernels.onnx_schema import FLOAT32, FLOAT_T, size, wm_op
 
 OP_TYPE = "WmRope"
@@ -26,9 +25,8 @@ def translation(x_BTHP: Any, cos_BTF: Any, sin_BTF: Any) -> Any:
     return _node(x_BTHP, cos_BTF, sin_BTF, head_dim=size(x_BTHP, 3), num_heads=size(x_BTHP, 2), pairs=size(cos_BTF, 2))
 
 
-def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionProto:
-    """The function. Rotations of one model may differ in heads, never in head_dim or pairs."""
-    one = single(OP_TYPE, [{k: v for k, v in variant.items() if k != "num_heads"} for variant in variants])
+def body(flavour: Flavour, one: dict[str, Any]) -> onnx.FunctionProto:
+    """The function, for one (P, F); the heads are read from the calling node."""
     g = Body(OP_TYPE, [name for name, _ in INPUTS], one["dtype"], flavour)
     x_BTHP, cos_BTF, sin_BTF = g.all_inputs()
     heads = Ref("num_heads", onnx.AttributeProto.INT)

@@ -11,7 +11,6 @@ adds them. Dynamic scaling, whose frequencies follow each row's length, computes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ import onnx
 import torch
 from onnx import TensorProto
 
-from wm_kernels.onnx_body import FLOAT, Body, Flavour, Ref, Value, single
+from wm_kernels.onnx_body import FLOAT, Body, Flavour, Ref, Value
 from wm_kernels.onnx_schema import FLOAT32, INT64, wm_op
 from wm_kernels.rope_angles.definition import scaled_frequencies
 
@@ -58,48 +57,46 @@ def translation(
     return _node(*inputs, **attributes)
 
 
-@dataclass(frozen=True, order=True)
-class _Table:
-    """What tells the nodes of one model apart, and the theta that the node's own, a float32, stands for."""
+def share_tables(nodes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The nodes of a model, each with the `tables`, (pairs, theta), of all that differ from it in nothing else.
 
-    pairs: int
-    theta: float
-    exact_theta: float
+    One body holds them all: bodies of their own would be overloads, in every model with two rotated widths, and not every reader of ONNX
+    files knows those.
+    """
+
+    def rest(node: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in node.items() if name not in ("pairs", "theta")}
+
+    return [one | {"tables": sorted({(v["pairs"], v["theta"]) for v in nodes if rest(v) == rest(one)})} for one in nodes]
 
 
-def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionProto:
-    """The function; it holds the tables of every (pairs, theta) of the model, for one scaling."""
-    scaling = single(OP_TYPE, [{name: v.get(name) for name in _SCALING} for v in variants])
+def body(flavour: Flavour, one: dict[str, Any]) -> onnx.FunctionProto:
+    """The function, for one scaling and one exact theta; the calling node's pairs and theta tell which of the tables is its own."""
     # Only dynamic scaling has the second input.
-    g = Body(OP_TYPE, [name for name, _ in INPUTS[: 2 if scaling["scaling"] == "dynamic" else 1]], FLOAT, flavour)
-    tables = sorted({_table(int(v["pairs"]), float(np.float32(v["theta"])), v.get("exact_theta")) for v in variants})
-    cos, sin = _one_of(g, tables, scaling)
+    g = Body(OP_TYPE, [name for name, _ in INPUTS[: 2 if one.get("scaling") == "dynamic" else 1]], FLOAT, flavour)
+    cos, sin = _one_of(g, one["tables"], one)
     return g.function({"cos_BTF": cos, "sin_BTF": sin})
 
 
-def _table(pairs: int, theta: float, exact_theta: str | None) -> _Table:
-    return _Table(pairs, theta, theta if exact_theta is None else float(exact_theta))
-
-
-def _one_of(g: Body, tables: list[_Table], scaling: dict[str, Any]) -> Sequence[Value]:
-    table, rest = tables[0], tables[1:]
+def _one_of(g: Body, tables: list[tuple[int, float]], one: dict[str, Any]) -> Sequence[Value]:
+    (pairs, theta), *rest = tables
     if not rest:
-        return _angles(g, table, scaling)
+        return _angles(g, pairs, theta, one)
     # The condition is a constant of the calling node: a runtime that folds constants keeps one branch.
-    same_pairs = g.Equal(g.node("Constant", value_int=Ref("pairs", onnx.AttributeProto.INT)), table.pairs)
-    same_theta = g.Equal(g.node("Constant", value_float=Ref("theta", onnx.AttributeProto.FLOAT)), table.theta)
-    return g.branch(same_pairs & same_theta, (FLOAT, FLOAT), lambda: _angles(g, table, scaling), lambda: _one_of(g, rest, scaling))
+    same_pairs = g.Equal(g.node("Constant", value_int=Ref("pairs", onnx.AttributeProto.INT)), pairs)
+    same_theta = g.Equal(g.node("Constant", value_float=Ref("theta", onnx.AttributeProto.FLOAT)), theta)
+    return g.branch(same_pairs & same_theta, (FLOAT, FLOAT), lambda: _angles(g, pairs, theta, one), lambda: _one_of(g, rest, one))
 
 
-def _angles(g: Body, table: _Table, scaling: dict[str, Any]) -> tuple[Value, Value]:
+def _angles(g: Body, pairs: int, theta: float, one: dict[str, Any]) -> tuple[Value, Value]:
     position_BT, *length = g.all_inputs()
-    frequency_F = table.exact_theta ** (-np.arange(table.pairs, dtype=np.float64) / table.pairs)
-    if scaling["scaling"] is not None:
-        factor, low, high = (float(scaling[name]) for name in ("factor", "low", "high"))
-        scaled_F = scaled_frequencies(torch.from_numpy(frequency_F), scaling["scaling"], factor, scaling["original"], low, high)
+    frequency_F = float(one.get("exact_theta", theta)) ** (-np.arange(pairs, dtype=np.float64) / pairs)
+    if "scaling" in one:
+        factor, low, high = (float(one[name]) for name in ("factor", "low", "high"))
+        scaled_F = scaled_frequencies(torch.from_numpy(frequency_F), one["scaling"], factor, one["original"], low, high)
         frequency_F = scaled_F.numpy()
     if length:
-        return _from_lengths(g, position_BT, length[0], frequency_F, float(scaling["factor"]), scaling["original"])
+        return _from_lengths(g, position_BT, length[0], frequency_F, float(one["factor"]), one["original"])
     return _from_tables(g, position_BT, frequency_F)
 
 

@@ -9,12 +9,11 @@ Letters: M tokens, E experts, k picks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import onnx
 
-from wm_kernels.onnx_body import Body, Flavour, single
+from wm_kernels.onnx_body import Body, Flavour
 from wm_kernels.onnx_schema import FLOAT_T, INT64, wm_op
 
 OP_TYPE = "WmRouterTopk"
@@ -28,9 +27,8 @@ def translation(logits_ME: Any, k: int, normalize: bool) -> Any:
     return _node(logits_ME, k=k, normalize=int(normalize))
 
 
-def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionProto:
+def body(flavour: Flavour, one: dict[str, Any]) -> onnx.FunctionProto:
     """The function, for one k."""
-    one = single(OP_TYPE, variants)
     g = Body(OP_TYPE, [name for name, _ in INPUTS], one["dtype"], flavour)
     (logits_ME,) = g.all_inputs()
     wide_ME = g.f32(logits_ME)

@@ -12,7 +12,6 @@ Letters: B batch, T tokens, H heads, K kv heads, P head dim, A score heads, S ca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from wm_kernels.onnx_body import FLOAT, Body, Flavour, Value, single
+from wm_kernels.onnx_body import FLOAT, Body, Flavour, Value
 from wm_kernels.onnx_schema import FLOAT32, FLOAT_T, INT64, size, wm_op
 
 OP_TYPE = "WmScoredAttention"
@@ -65,9 +64,8 @@ def translation(
     return _node(q_BTHP, k_BTKP, v_BTKP, score_BTA, cache_k, cache_v, cache_score, position_B, valid_B, **attributes)
 
 
-def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionProto:
+def body(flavour: Flavour, one: dict[str, Any]) -> onnx.FunctionProto:
     """The function, for one (H, K, P, A), scoring and ratio. `valid_B` is not read: see `attention`."""
-    one = single(OP_TYPE, variants)
     g = Body(OP_TYPE, [name for name, _ in INPUTS], one["dtype"], flavour)
     q_BTHP, k, v, score, cache_k, cache_v, cache_score, position_B, _ = g.all_inputs()
     H, K, P, A = (one[name] for name in ("num_heads", "kv_num_heads", "head_dim", "score_num_heads"))

@@ -11,12 +11,11 @@ Letters: B batch, T tokens, C channels, N state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import onnx
 
-from wm_kernels.onnx_body import FLOAT, Body, Flavour, Value, single
+from wm_kernels.onnx_body import FLOAT, Body, Flavour, Value
 from wm_kernels.onnx_schema import FLOAT32, FLOAT_T, INT64, wm_op
 
 OP_TYPE = "WmSelectiveScan"
@@ -38,9 +37,8 @@ def translation(x_BTC: Any, dt_BTC: Any, A_CN: Any, B_BTN: Any, C_BTN: Any, stat
     return _node(x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, valid_B)
 
 
-def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionProto:
-    """The function; scans of one model may differ in every size."""
-    one = single(OP_TYPE, variants)
+def body(flavour: Flavour, one: dict[str, Any]) -> onnx.FunctionProto:
+    """The function, for every size."""
     g = Body(OP_TYPE, [name for name, _ in INPUTS], one["dtype"], flavour)
     x_BTC, dt, A_CN, B, C, state_BCN, valid_B = g.all_inputs()
     T = g.dim(x_BTC, 1)

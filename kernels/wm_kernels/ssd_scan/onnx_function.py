@@ -15,13 +15,12 @@ Letters: B batch, T tokens, H heads, G groups, Q = H / G, P head dim, N state, C
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 
-from wm_kernels.onnx_body import Body, Flavour, Value, single
+from wm_kernels.onnx_body import Body, Flavour, Value
 from wm_kernels.onnx_schema import FLOAT32, FLOAT_T, INT64, size, wm_op
 
 OP_TYPE = "WmSsdScan"
@@ -51,9 +50,8 @@ def translation(x_BTHP: Any, dt_BTH: Any, A_H: Any, B_BTGN: Any, C_BTGN: Any, st
     return _node(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B, **sizes(x_BTHP, B_BTGN))
 
 
-def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionProto:
+def body(flavour: Flavour, one: dict[str, Any]) -> onnx.FunctionProto:
     """The function, for one (H, G, P, N)."""
-    one = single(OP_TYPE, variants)
     g = Body(OP_TYPE, [name for name, _ in INPUTS], one["dtype"], flavour)
     x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B = g.all_inputs()
     y_BTHP, next_BHNP = scan(g, one, g.f32(x_BTHP), dt_BTH, A_H, g.f32(B_BTGN), g.f32(C_BTGN), state_BHNP, valid_B)

@@ -5,12 +5,11 @@ Letters: as in WmSsdScan; F rotated pairs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import onnx
 
-from wm_kernels.onnx_body import Body, Flavour, single
+from wm_kernels.onnx_body import Body, Flavour
 from wm_kernels.onnx_schema import FLOAT32, size, wm_op
 from wm_kernels.rope.onnx_function import rotate
 from wm_kernels.ssd_scan.onnx_function import ATTRIBUTES, OUTPUTS, scan, sizes
@@ -29,9 +28,8 @@ def translation(
     return _node(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, cos_BTF, sin_BTF, state_BHNP, valid_B, **attributes)
 
 
-def body(flavour: Flavour, variants: Sequence[dict[str, Any]]) -> onnx.FunctionProto:
+def body(flavour: Flavour, one: dict[str, Any]) -> onnx.FunctionProto:
     """The function, for one (H, G, P, N, F)."""
-    one = single(OP_TYPE, variants)
     g = Body(OP_TYPE, [name for name, _ in INPUTS], one["dtype"], flavour)
     x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, cos_BTF, sin_BTF, state_BHNP, valid_B = g.all_inputs()
     B_BTGN = rotate(g, g.f32(B_BTGN), cos_BTF, sin_BTF, one["num_groups"], one["state_dim"], one["pairs"])
