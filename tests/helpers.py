@@ -75,7 +75,7 @@ _small: dict[str, Any] = {
 _small |= {"ssd_head": 2, "ssd_head_dim": 16, "ssd_state": 8, "mamba1_width": 48, "mamba1_state": 4, "dt_rank": 3, "conv_size": 3}
 _small |= {"ifa_value": 5, "ifa_head": 2, "ifa_pick": 2, "d_ifa": 8, "ifa_positions": 300}
 _small |= {"n_expert": 16, "n_retrieval_head": 2, "n_pick": 2, "d_retrieval": 8}
-# Every option that no tiny preset uses, a few to a model; an ONNX file has one body per op, so that what needs two is in two models.
+# Every option that no tiny preset uses, a few to a model.
 _OPTIONS: tuple[tuple[str, tuple[tuple[str, str], ...], dict[str, Any]], ...] = (
     (
         "binary, c1_parallel, grouped mamba2",

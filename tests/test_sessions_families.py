@@ -1,5 +1,6 @@
 """Sessions on a bundle of every new family: the laws of test_sessions_model.py on states of another kind."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,12 @@ def test_a_prompt_of_several_blocks_gives_the_logits_of_eager_wherever_they_are_
 
 def select_of_eager(bundle: Path, tokens: Array, select: Array) -> Array:
     return open_session(bundle, runtime="eager", capacity=640).prefill(tokens, select=select)
+
+
+@pytest.mark.parametrize("head_dim", [6, 12])
+def test_heads_of_a_width_that_onnxruntime_attention_refuses_run_all_the_same(made: Any, head_dim: int) -> None:
+    bundle = made(replace(FAMILIES["llama-tiny"], head_dim=head_dim))[1]
+    tokens = TOKENS_BT[:1, :9]
+    expected = open_session(bundle, runtime="eager", capacity=CAPACITY).prefill(tokens, select=every(9, 1))
+    for graph in ("model.ort.onnx", "model.onnx"):
+        close_to(open_session(bundle, capacity=CAPACITY, graph=graph).prefill(tokens, select=every(9, 1)), expected)

@@ -21,6 +21,7 @@ from wm_export.program import Program
 from wm_graph.errors import ExportError
 from wm_graph.quiet import quiet_libraries
 from wm_graph.taps import OP_OUTPUTS, TapNames
+from wm_kernels.onnx_body import MICROSOFT
 from wm_kernels.onnx_functions import OPSET, TRANSLATIONS, add_bodies
 
 Flavour = Literal["portable", "ort"]
@@ -215,6 +216,8 @@ def _name_absent_inputs(proto: onnx.ModelProto) -> None:
 def _declare_opsets(proto: onnx.ModelProto) -> None:
     """Import every domain that the main graph and the function bodies use, each once, in a fixed order."""
     versions = {item.domain: item.version for item in proto.opset_import} | {"wm": 1}
+    if any(node.domain == MICROSOFT for node in proto.graph.node):
+        versions[MICROSOFT] = 1
     for function in proto.functions:
         for item in function.opset_import:
             known = versions.setdefault(item.domain, item.version)
