@@ -82,6 +82,7 @@ def test_keys_of_published_models_are_all_known(name, tmp_path):
 NAMED = [
     (make_llama, {"attention_multiplier": 2.0}, ["attention_multiplier is 2.0", "does not know in a llama model", "remove it"]),
     (make_llama, {"logits_scaling": 8}, ["logits_scaling is 8"]),
+    (make_llama, {"is_causal": False}, ["is_causal is False", "expected True"]),
     (make_llama, {"rope_thetta": 5e5}, ["rope_thetta is 500000.0", "did you mean rope_theta?"]),
     (make_llama, {"rms_norm_epsilon": 1e-3, "scale_emb": 12}, ["rms_norm_epsilon is 0.001", "nor scale_emb", "did you mean rms_norm_eps?"]),
     (make_llama, {"sliding_window": 4096}, ["sliding_window is 4096"]),

@@ -72,6 +72,7 @@ def read_config(family: Family, fields: Fields, name: str) -> ModelConfig:
         CheckpointError: a field is missing, of the wrong type, unknown, or asks for something that wm-graph does not have.
     """
     fields.require("quantization_config", None)
+    fields.require("is_causal", True)  # on where it is missing; off, transformers attends to later tokens too
     for key, expected in family.fixed.items():
         fields.require(key, expected)
     values: Values = {"name": name}
