@@ -12,7 +12,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --constraint constraints.txt
 PINS := pyproject.toml constraints.txt
 
-.PHONY: help demo test lint format types contract check bench clean
+.PHONY: help demo test test-deep lint format types contract check bench clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -22,6 +22,9 @@ demo: .venv/.demo ## make, export, check and run cheems-demo in every runtime; l
 
 test: .venv/.test ## run the tests
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-deep: .venv/.test ## the laws on 30,000 examples, other ones each round; resumable: stop it and call it again
+	@$(BIN)/python tests/deep.py $(ARGS)
 
 lint: .venv/.test ## style: ruff check and ruff format
 	@$(BIN)/ruff check .

@@ -1,3 +1,4 @@
+import json
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -6,6 +7,8 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from hypothesis_profiles import COMPARED, KINDS
 
 # "ci" is the default everywhere, so that a failure seen in one place is seen in all; HYPOTHESIS_PROFILE=deep searches on.
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
@@ -16,6 +19,45 @@ if find_spec("torch") is not None:
     import torch
 
     torch.set_num_threads(2)  # sums split by threads: the same number gives the same bits on every machine
+
+POOL = "WM_POOL"  # a folder in which several runs share the bundles of the pool; see deep.py
+COUNTS = "WM_COUNTS"  # a file to write the numbers of compared examples to
+LEAST = "WM_LEAST_COMPARED"  # fail the run that compares fewer examples, or less than LEAST_SESSIONS of all on sessions
+LEAST_SESSIONS = 0.3
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A dozen small models, each exported once per session; see model_pool.py."""
+    from model_pool import Pool
+
+    shared = os.environ.get(POOL)
+    return Pool(Path(shared) if shared else tmp_path_factory.mktemp("pool"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write how many examples compared implementations, and fail a run that was to compare more."""
+    if path := os.environ.get(COUNTS):
+        Path(path).write_text(json.dumps({kind: COMPARED[kind] for kind in KINDS}))
+    if too_few():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """One line: how many hypothesis examples compared two or more implementations and agreed, and how many of them on sessions."""
+    total, sessions = COMPARED.total(), COMPARED["session"]
+    if total:
+        terminalreporter.write_line(f"hypothesis: {total} comparisons, {sessions} on sessions ({sessions / total:.0%})")
+    if reason := too_few():
+        terminalreporter.write_line(reason)
+
+
+def too_few() -> str:
+    """Why this run compared too little, or nothing."""
+    least = int(os.environ.get(LEAST, "0"))
+    total = COMPARED.total()
+    enough = not least or (total >= least and COMPARED["session"] >= LEAST_SESSIONS * total)
+    return "" if enough else f"FAILED: {LEAST} expects {least} comparisons, {LEAST_SESSIONS:.0%} of them on sessions"
 
 
 @pytest.fixture(scope="session")
