@@ -83,6 +83,8 @@ class SessionRunner:
 def make_draws(vocab_size: int, draws: int, seed: int, longest_prompt: int, steps: int) -> list[Draws]:
     """At least `draws` random rows, in groups of equal size; the first two have prompts of the longest length and of 1.
 
+    The last row of a group of three or more has the longest prompt too: padding at the end of the flat tokens would hide a lost rest.
+
     Raises:
         InputError: a count is out of range.
     """
@@ -95,6 +97,8 @@ def make_draws(vocab_size: int, draws: int, seed: int, longest_prompt: int, step
     groups = -(-draws // rows)
     valid_GB = generator.integers(1, longest_prompt + 1, (groups, rows))
     valid_GB.flat[:2] = (longest_prompt, 1)[: valid_GB.size]
+    if rows > 2:
+        valid_GB[:, -1] = longest_prompt
     tokens_GBT = generator.integers(0, vocab_size, (groups, rows, length))
     made = [Draws(tokens_BT, valid_B, steps) for tokens_BT, valid_B in zip(tokens_GBT, valid_GB, strict=True)]
     for group in made:
