@@ -129,14 +129,22 @@ class OnnxRuntimeCpuSession(Session):
         for key, value in {**spin, **entries}.items():
             options.add_session_config_entry(key, value)
         try:
-            return onnxruntime.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
+            return onnxruntime.InferenceSession(self._source(), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise BundleError(f"{self._path}: ONNX Runtime cannot open it: {first_line(error)}; export the bundle again") from error
+
+    def _source(self) -> str | bytes:
+        """What ONNX Runtime opens: the file, or a header in memory."""
+        return str(self._path)
+
+    def _outputs(self) -> dict[str, str]:
+        """Name -> type of the outputs that every graph of a bundle has."""
+        return {node.name: node.type for node in self._model.get_outputs()}
 
     def _check_signature(self) -> str:
         """Compare the graph's inputs and outputs with the manifest; returns the type of the logits."""
         inputs = {node.name: node.type for node in self._model.get_inputs()}
-        outputs = {node.name: node.type for node in self._model.get_outputs()}
+        outputs = self._outputs()
         leaves = self.bundle.state
         for what, found, expected in (
             ("inputs", inputs, ["tokens", "valid", "select", *(leaf.name for leaf in leaves)]),

@@ -1,0 +1,123 @@
+"""What `bisect` compares and what it finds: plain data. Needs no torch."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from wm_graph.errors import ConfigError
+from wm_runtimes import RUNTIMES
+from wm_runtimes.bundle import Bundle
+from wm_runtimes.onnxruntime_cpu import GRAPHS
+
+ORACLE = "oracle"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One side: a bundle, and a runtime of it.
+
+    Attributes:
+        bundle: an open bundle.
+        runtime: a key of `RUNTIMES`, or `oracle`, the float64 references, which are right by definition.
+        graph: which ONNX file, for runtimes of one.
+    """
+
+    bundle: Bundle
+    runtime: str
+    graph: str = ""
+
+    @property
+    def label(self) -> str:
+        """As `--a` and `--b` take it."""
+        return f"{self.runtime}:{self.graph}" if self.graph and self.graph != GRAPHS[0] else self.runtime
+
+
+def parse_target(bundle: Bundle, text: str) -> Target:
+    """`eager`, `oracle`, `onnxruntime-cpu`, `onnxruntime-cpu:model.onnx`.
+
+    Raises:
+        ConfigError: there is no such runtime or graph.
+    """
+    runtime, _, graph = text.partition(":")
+    known = (*RUNTIMES, ORACLE)
+    if runtime not in known:
+        raise ConfigError(f"unknown runtime {runtime!r}; choose from {', '.join(known)}")
+    if runtime != "onnxruntime-cpu":
+        if graph:
+            raise ConfigError(f"{text}: {runtime} runs no graph; write {runtime}")
+        return Target(bundle, runtime)
+    if graph and graph not in GRAPHS:
+        raise ConfigError(f"{text}: no graph {graph!r}; choose from {', '.join(GRAPHS)}")
+    return Target(bundle, runtime, graph or GRAPHS[0])
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The first tensor out of budget.
+
+    Attributes:
+        tensor: its name; `*_in` is what an op was given, other names are those of taps.
+        module: the part of the model that made it, as its parameters are called.
+        op: the op that made it; `model` for code between ops, `parameter` for a weight.
+        output: which output of the op, or which input of the next.
+        reads: parameters that the code between ops applies.
+        step: in words.
+        step_number: from 0; the pieces of the prompts come first. -1 for a weight.
+        runtime: which side is wrong.
+        index: where the largest error is; windows' slots are counted in order of position.
+        a: the value of the first side there; None where it has none.
+        b: the value of the second side.
+        expected: the value that float64 gives there, from what the side at fault had been given; for a weight, the first side's.
+        R: rms error over the yardstick's; of a choice, None.
+        R_limit: its limit.
+        error: the largest error; of a choice, its shortfall in score budgets.
+        limit: its limit.
+    """
+
+    tensor: str
+    module: str
+    op: str
+    output: str
+    reads: tuple[str, ...]
+    step: str
+    step_number: int
+    runtime: str
+    index: tuple[int, ...]
+    a: float | None
+    b: float | None
+    expected: float | None
+    R: float | None
+    R_limit: float
+    error: float | None
+    limit: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a bisection found.
+
+    Attributes:
+        a: the first side.
+        b: the second side.
+        tensors: tensors between the first token and the last.
+        runs: runs of the side that ran most often.
+        finding: the first tensor out of budget, or None.
+    """
+
+    a: str
+    b: str
+    tensors: int
+    runs: int
+    finding: Finding | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; numbers that are not finite become null."""
+        return _finite(asdict(self))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
