@@ -1,23 +1,32 @@
 """`wm parity`."""
 
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wm_graph.cli.arguments import AsJson, BundlePath, RuntimeNames
+from wm_graph.cli.arguments import AsJson, RuntimeNames
 from wm_graph.cli.checks import available_runtimes, require_runtimes, split_names
-from wm_graph.cli.console import print_json, print_table, progress_bar
+from wm_graph.cli.console import note, print_json, print_table, progress_bar
+from wm_graph.errors import InputError
 from wm_graph.quiet import quiet_libraries
 
 if TYPE_CHECKING:
+    from wm_runtimes.bundle import Bundle
     from wm_runtimes.parity import ParityReport
+    from wm_runtimes.report import Report
 
 
 def command(
-    bundle: BundlePath,
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="The bundle, or with --html one of each dtype of a model.")],
     runtimes: RuntimeNames = None,
     draws: Annotated[int, typer.Option(min=1, help="Random rows, each a prompt and a few decoded tokens.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page: every op, error growth, placement.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps of the page's error growth.")] = 512,
     as_json: AsJson = False,
 ) -> None:
     """Measure how far runtimes are from a float64 oracle.
@@ -27,18 +36,74 @@ def command(
     from wm_runtimes import RUNTIMES, open_bundle
 
     names = available_runtimes() if runtimes is None else split_names(runtimes, tuple(RUNTIMES), "runtime")
-    opened = open_bundle(bundle)
+    opened = [open_bundle(bundle) for bundle in bundles]
     require_runtimes([*names, "eager"])
+    if html is not None:
+        _check_file(html)
+        written = ["wm", "parity", *map(str, bundles), "--runtimes", ",".join(names), "--draws", str(draws), "--seed", str(seed)]
+        line = shlex.join([*written, "--steps", str(steps), "--html", str(html)])
+        _write_page(opened, names, (draws, seed, steps), html, line, as_json)
+        return
+    if len(opened) > 1:
+        raise InputError(f"parity: {len(opened)} bundles, expected one; several are compared on a page, by --html FILE")
     with progress_bar() as progress, quiet_libraries():
         progress("loading torch", 0.0)
         from wm_runtimes.parity import measure_parity
 
-        report = measure_parity(opened, names, draws=draws, seed=seed, progress=progress)
+        report = measure_parity(opened[0], names, draws=draws, seed=seed, progress=progress)
     if as_json:
         print_json(report.to_dict())
     else:
         print_report(report)
     require_passed(report)
+
+
+def _check_file(html: Path) -> None:
+    """Refuse a file that cannot be written, before minutes are spent on measuring."""
+    if html.is_dir():
+        raise InputError(f"{html}: is a folder, expected a file to write; name it, such as {html / 'parity.html'}")
+    if not html.absolute().parent.is_dir():
+        raise InputError(f"{html}: its folder does not exist; make it first, or name another file")
+
+
+def _write_page(bundles: Sequence["Bundle"], names: list[str], counts: tuple[int, int, int], html: Path, line: str, as_json: bool) -> None:
+    """Measure everything, write the page, then print the tables, or the same numbers as JSON."""
+    with progress_bar() as progress, quiet_libraries():
+        progress("loading torch", 0.0)
+        from wm_runtimes.report import measure_report
+        from wm_runtimes.report_page import render_page
+
+        report = measure_report(bundles, names, *counts, progress)
+    text = render_page(report, line, _now())
+    fresh = html.with_name(f".{html.name}.new")
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        os.replace(fresh, html)
+    finally:
+        fresh.unlink(missing_ok=True)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        for model in report.models:
+            print_report(model)
+        print(f"{html}: {len(text.encode()) / 1000:.0f} kB, every op, error growth, placement")
+    for item in report.not_run:
+        if ", " in item.what and item.what.split(", ")[0] in names:
+            note(f"not run: {item.what}: {item.reason}")
+    _require_page_passed(report)
+
+
+def _now() -> str:
+    from datetime import UTC, datetime
+
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _require_page_passed(report: "Report") -> None:
+    from wm_graph.errors import BudgetError
+
+    if not report.passed:
+        raise BudgetError(f"{report.name}: out of budget: {'; '.join(report.failures) or 'nothing was compared'}")
 
 
 def print_report(report: "ParityReport") -> None:
