@@ -21,7 +21,7 @@ demo: .venv/.demo ## make, export, check and run cheems-demo in every runtime; l
 	@$(BIN)/wm demo --output build/demo $(ARGS)
 
 test: .venv/.test ## run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-deep: .venv/.test ## the laws on 30,000 examples, other ones each round; resumable: stop it and call it again
 	@$(BIN)/python tests/deep.py $(ARGS)

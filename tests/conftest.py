@@ -18,7 +18,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 if find_spec("torch") is not None:
     import torch
 
-    torch.set_num_threads(2)  # sums split by threads: the same number gives the same bits on every machine
+    # Sums split by threads: the same number gives the same bits on every machine. `make test` runs a process per core.
+    torch.set_num_threads(1)
 
 POOL = "WM_POOL"  # a folder in which several runs share the bundles of the pool; see deep.py
 COUNTS = "WM_COUNTS"  # a file to write the numbers of compared examples to
@@ -35,8 +36,17 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return Pool(Path(shared) if shared else tmp_path_factory.mktemp("pool"))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add what a process of pytest-xdist has compared."""
+    COMPARED.update(getattr(node, "workeroutput", {}).get(COUNTS, {}))
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Write how many examples compared implementations, and fail a run that was to compare more."""
+    if hasattr(session.config, "workeroutput"):  # one of several processes: the first one sums them up
+        session.config.workeroutput[COUNTS] = dict(COMPARED)
+        return
     if path := os.environ.get(COUNTS):
         Path(path).write_text(json.dumps({kind: COMPARED[kind] for kind in KINDS}))
     if too_few():

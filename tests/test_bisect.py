@@ -7,7 +7,7 @@ import json
 import math
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -41,15 +41,6 @@ except ImportError:
 ORT, PORTABLE = "onnxruntime-cpu", "onnxruntime-cpu:model.onnx"
 CHEEMS, MAMBA2 = FAMILIES["cheems-tiny-moe"], FAMILIES["mamba2-tiny"]
 Edit = Callable[[onnx.ModelProto], None]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    # The tensors are tiny: threads only wait for each other, very long on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def search(folder: Path, a: str, b: str, *, seed: int = 0, length: int = 80, steps: int = 3, other: Path | None = None) -> Report:

@@ -4,7 +4,7 @@ B rows, T tokens.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,15 +35,6 @@ WELL: dict[str, dict[str, int]] = {
     "far": {"longest_prompt": PROMPT},
     "float16": {},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    # The tensors are tiny: threads only wait for each other, very long on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def by_parity(folder: Path, fault: Fault, **changes: int) -> Failures:

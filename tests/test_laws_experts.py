@@ -6,7 +6,6 @@ B rows   T tokens   M rows of a flat op   R retrieval heads   J sub-keys   E exp
 import math
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
@@ -21,15 +20,6 @@ from strategies_ops import DTYPES, another, expert_mix_cases, moe_cases, product
 from wm_kernels.moe_mix.definition import _gathered
 
 ANY_DTYPE = st.sampled_from((torch.float64, *DTYPES))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # The tensors are tiny: threads only wait for each other, very long on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def with_fields(case: Any, **changes: Any) -> Any:

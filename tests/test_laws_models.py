@@ -3,7 +3,6 @@
 B rows, T tokens, V vocabulary.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -34,15 +33,6 @@ from wm_runtimes.snapshot import Array
 
 N = 60  # examples of a law
 LIMITS = {torch.float64: 1e-9, torch.float32: model_limit("float32", "eager").max_abs}  # of logits of scale 1
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    # The tensors are tiny: threads only wait for each other, very long on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def expected(model: Drawn, rows: list[Array], dtype: torch.dtype = torch.float64) -> tuple[Array, Array]:

@@ -24,15 +24,6 @@ FLAVOURS = ["portable", "ort"]
 RUNTIME = "onnxruntime-cpu"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # The tensors are tiny: threads only wait for each other, very long on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def node_of(call: Call) -> Case:
     """The call as a model of one node."""
     arrays = {name: None if value is None else _array(value) for name, value in call.tensors.items()}

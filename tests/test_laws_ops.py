@@ -20,15 +20,6 @@ FLAT = ("residual_rms_norm", "gated_rms_norm", "router_topk", "moe_mix")
 TOKENWISE = ("rope", "product_key_topk", "expert_mix")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # The tensors are tiny: threads only wait for each other, very long on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("op", CASES)
 @law(24, "op")
 @given(data=st.data())

@@ -6,7 +6,6 @@ B rows   T tokens   H heads   P head dim   N state   G groups   R = H/G   F rota
 import math
 
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import assume, given
@@ -33,15 +32,6 @@ from strategies_ops import (
 )
 
 THETA = 1e4  # of the angles of op_cases
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # The tensors are tiny: threads only wait for each other, very long on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def times(factor: float, scale: dict[str, float]) -> dict[str, float]:

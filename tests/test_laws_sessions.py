@@ -3,14 +3,13 @@
 B rows, T tokens, S selected tokens, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -28,15 +27,6 @@ from wm_runtimes.snapshot import Array
 COMPILED = "log"  # the model that torch.compile is tried on: a scan, a window and experts
 ONNX = [name for name in RUNTIMES if name != "eager"]
 N = 90  # examples of a law in each runtime: sessions are to make three tenths of all examples
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    # The tensors are tiny: threads only wait for each other, very long on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=RUNTIMES, scope="module")

@@ -25,15 +25,6 @@ from wm_runtimes.selections import judge_router
 D = torch.float64
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # The tensors are tiny: threads only wait for each other, very long on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def near(actual, expected, tolerance=1e-11):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 

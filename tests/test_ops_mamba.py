@@ -22,15 +22,6 @@ from wm_graph.tolerances import op_limit
 B, T, C, L, N = 2, 9, 12, 4, 8  # of the comparisons with transformers
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # The tensors are tiny: threads only wait for each other, very long on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def near(actual, expected, tolerance=1e-11):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 

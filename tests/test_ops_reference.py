@@ -13,16 +13,6 @@ import wm_kernels as wm
 from wm_kernels.keep_window_attention import keep_window_attention_reference
 from wm_kernels.product_key_topk.definition import ordered_topk
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # The tensors are tiny: threads only wait for each other, very long on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 LENGTHS = [1, 2, 63, 64, 65, 130]
 
 

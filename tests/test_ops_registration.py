@@ -125,15 +125,6 @@ def state_calls(tokens, state, valid, dtype=torch.float32):
     }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # The tensors are tiny: threads only wait for each other, very long on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 STATE_FORMS = [(T, False, False), (T, True, True), (1, True, False)]
 
 

@@ -30,15 +30,6 @@ LENGTH = 70  # longer than the windows of all small models and than a chunk of a
 CUTS = (9, 1, 1, 20)  # a prompt in pieces: chunks, single steps, and the rest
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # The tensors are tiny: threads only wait for each other, very long on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def drawn_params(cfg: ModelConfig, loud: bool = False) -> Params:
     """Lively parameters in float64; loud ones have projections four times as large, so that steps, decays and scores differ more."""
     generator = torch.Generator().manual_seed(0)

@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,6 @@ from wm_runtimes.onnxruntime_cpu import OnnxRuntimeCpuSession
 from wm_runtimes.op_parity import measure_ops
 from wm_runtimes.report import Report
 from wm_runtimes.tap_runners import PromotedValues, RecordedOps, compared_names, op_of, rotated_pairs
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

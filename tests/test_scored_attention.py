@@ -16,15 +16,6 @@ D = torch.float64
 SCORINGS = ["additive", "binary", "ratio"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # The tensors are tiny: threads only wait for each other, very long on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def inputs(T, seed=0, A=2, B=2, H=4, K=2, P=4, ties=True):
     """q, k, v and scores; with ties, whole scores of -1 to 3, of which binary attention sees those from 1."""
     g = torch.Generator().manual_seed(seed)

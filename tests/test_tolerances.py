@@ -25,14 +25,6 @@ Outputs = list[np.ndarray]
 Values = dict[str, Tensor | None]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def arguments(case: Case, dtype: torch.dtype) -> Values:
     """The op's arguments; those in the model's dtype rounded to it."""
     kinds = dict(case.module.INPUTS)
