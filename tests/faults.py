@@ -39,8 +39,6 @@ class Fault:
         shows: where alone it shows: "decode" (single tokens), "padding" (rows of unequal length), "window" (rows longer than the window),
             "float16" (a float32 file has nothing of the kind), "pieces" (several tokens after others), "far" (positions from 256 on);
             "everywhere" otherwise.
-        seen_by: the check that sees it: "parity", "split" (a prompt in two pieces = the whole), "budget" (the op's own, fed with exact
-            inputs: the yardstick of parity is as wrong as the runtime, and both are within the model's max abs).
     """
 
     name: str
@@ -51,7 +49,6 @@ class Fault:
     graph: str = ""
     dtype: str = "fp32"
     shows: str = "everywhere"
-    seen_by: str = "parity"
 
     @property
     def id(self) -> str:

@@ -192,7 +192,7 @@ _ATTENTIONS = (
     body("softmax over the flattened axes, as before opset 13", "attention_rope", "llama-tiny", _flattened_softmax, PORTABLE),
     body("logits in half precision", "attention_rope", "llama-tiny", lambda part: part.distort(part.value("MatMul"), HALF), PORTABLE),
     body("rows that go on together are not scaled", "attention_rope", "llama-tiny",
-         lambda part: part.skip(part.find("Mul", part.reads(np.float32(0.25)))[0], 0), shows="pieces", seen_by="split"),
+         lambda part: part.skip(part.find("Mul", part.reads(np.float32(0.25)))[0], 0), shows="pieces"),
 )  # fmt: skip
 
 _WINDOWS = (

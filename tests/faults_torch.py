@@ -124,7 +124,7 @@ _SCANS = (
     _op("padding enters the state", "selective_scan", "jamba-tiny", _without_padding_mask, shows="padding"),
     _op("groups tiled over the heads", "ssd_scan", "bamba-tiny", _tiled_groups),
     _op("several tokens start from an empty state", "ssd_scan", "mamba2-tiny",
-        lambda right, *a: right(*(a if a[0].shape[1] == 1 else (*a[:5], torch.zeros_like(a[5]), a[6]))), shows="pieces", seen_by="split"),
+        lambda right, *a: right(*(a if a[0].shape[1] == 1 else (*a[:5], torch.zeros_like(a[5]), a[6]))), shows="pieces"),
     _function("last token of a chunk lost", "ssd_scan", "mamba2-tiny", "wm_kernels.ssd_scan.definition", "_in_chunks",
               _last_of_chunk_lost),
     _op("taps one late", "causal_conv1d", "mamba2-tiny", lambda right, x, weight, *rest: right(x, weight.roll(1, 1), *rest)),
@@ -154,12 +154,12 @@ _EXPERTS = (
 )  # fmt: skip
 
 _NORMS_AND_ROTATIONS = (
-    _op("epsilon outside the root", "residual_rms_norm", "cheems-tiny", _epsilon_outside_the_root, seen_by="budget"),
+    _op("epsilon outside the root", "residual_rms_norm", "cheems-tiny", _epsilon_outside_the_root),
     _op("residual scale missing", "residual_rms_norm", "doge-tiny",
         lambda right, x, residual, scale, weight, eps: right(x, residual, None, weight, eps)),
     _op("gated after the norm", "gated_rms_norm", "mamba2-tiny", _gate_after_the_norm),
     _op("neighbours turned as pairs", "rope", "doge-tiny", _neighbours_as_pairs),
-    _op("angles rounded to bfloat16", "rope_angles", "llama-tiny", _angles_in_bfloat16, seen_by="budget"),
+    _op("angles rounded to bfloat16", "rope_angles", "llama-tiny", _angles_in_bfloat16),
     _op("scaling ignored", "rope_angles", "llama-tiny, scaled rotation", _unscaled),
 )  # fmt: skip
 

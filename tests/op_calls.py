@@ -15,7 +15,7 @@ from torch import Tensor
 
 import oracles
 import wm_kernels as wm
-from wm_graph.tolerances import op_limit
+from wm_graph.tolerances import FLOAT64_OP, op_limit
 
 _CACHE = ("cache_k_BKSP", "cache_v_BKSP")
 _SLOTS = ("slot_k_BKWP", "slot_v_BKWP", "slot_score_BKW", "slot_position_BKW")
@@ -42,7 +42,6 @@ OPS = tuple(OUTPUTS)
 STATEFUL = tuple(op for op in OPS if {"state", "cache", "slot"} & {name.split("_")[0] for name in OUTPUTS[op]})
 # Arguments in the accumulation dtype: float32, or float64 for float64 inputs.
 _WIDE = {"dt", "A", "state", "score", "slot_score", "cache_score", "cos", "sin"}
-FLOAT64_LIMIT = 1e-14  # of the scale: 90 u; thousands of examples stay below 5 u
 
 
 def axes(name: str) -> str:
@@ -271,7 +270,7 @@ def judged(call: Call, outputs: Named) -> Named:
 
 def limit_of(op: str, dtype: torch.dtype, runtime: str = "eager") -> float:
     """The largest error of the op as a fraction of its output's scale."""
-    return FLOAT64_LIMIT if dtype == torch.float64 else op_limit(op, str(dtype).removeprefix("torch."), runtime).relative
+    return FLOAT64_OP if dtype == torch.float64 else op_limit(op, str(dtype).removeprefix("torch."), runtime).relative
 
 
 def from_oracle(call: Call) -> Named:

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from wm_graph.errors import ConfigError, InputError, RuntimeUnavailableError
-from wm_graph.tolerances import FLOOR_ULPS, UNIT_ROUNDOFF
+from wm_graph.tolerances import FLOOR_ULPS, UNIT_ROUNDOFF, one_run_R
 from wm_runtimes import availability
 from wm_runtimes.bundle import Bundle
 from wm_runtimes.findings import ORACLE, Finding, Report, Target
 from wm_runtimes.op_calls import SELECTING, Call, Step, token_mask
-from wm_runtimes.op_checks import R_LIMIT, Check, Judge, distance
+from wm_runtimes.op_checks import Check, Judge, distance
 from wm_runtimes.op_probes import OnnxProbe, Probe, TorchProbe, Wanted
 from wm_runtimes.plain_model import Feed, PlainModel
 
@@ -171,7 +171,8 @@ class _Side:
         below = max(yard.rms, FLOOR_ULPS * self.reference.u * error.scale_rms)
         R = error.rms / below if below else (0.0 if not error.rms else math.inf)
         expected = float(wanted[error.index]) if error.index else math.nan
-        return Check(name, call, False, R, R_LIMIT, error.largest, math.inf, error.index, expected)
+        R_limit = one_run_R("depth", self.target.bundle.dtype)
+        return Check(name, call, False, R, R_limit, error.largest, math.inf, error.index, expected)
 
 
 def _counted(step: Step, call: Call | None, name: str) -> tuple[Tensor, Tensor]:

@@ -87,7 +87,7 @@ class _Golden:
 
     draws: Draws
     logits_BTV: Array
-    eager_max_abs: float
+    moved_max_abs: float
 
 
 def check_bundle(path: str | os.PathLike[str], runtimes: Sequence[str] | None = None, progress: Progress | None = None) -> CheckReport:
@@ -178,7 +178,7 @@ def _read_golden(bundle: Bundle) -> _Golden:
     try:
         arrays = load_file(file)
         tokens_BT, prefill, logits_BTV = arrays["tokens"], int(arrays["prefill"]), arrays["logits"]
-        eager_max_abs = float(arrays["eager_max_abs"])
+        moved_max_abs = float(arrays["moved_max_abs"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{file}: not readable golden data ({type(error).__name__}: {error}); export the bundle again") from error
     vocab = bundle.limits.vocab_size
@@ -189,7 +189,7 @@ def _read_golden(bundle: Bundle) -> _Golden:
         )
     if not np.isfinite(logits_BTV).all():
         raise BundleError(f"{file}: golden logits are not finite; repair the checkpoint and export again")
-    return _Golden(Draws(tokens_BT, np.full(len(tokens_BT), prefill), tokens_BT.shape[1] - prefill), logits_BTV, eager_max_abs)
+    return _Golden(Draws(tokens_BT, np.full(len(tokens_BT), prefill), tokens_BT.shape[1] - prefill), logits_BTV, moved_max_abs)
 
 
 def _check_runtime(bundle: Bundle, golden: _Golden, name: str) -> list[CheckRow]:
@@ -212,7 +212,7 @@ def _run(bundle: Bundle, golden: _Golden, name: str, **options: Any) -> Trace:
 
 def _compare(bundle: Bundle, golden: _Golden, what: str, name: str, trace: Trace, **options: Any) -> CheckRow:
     limits = model_limit(bundle.dtype, name)
-    limit = limits.max_abs_at(float(np.sqrt(np.square(golden.logits_BTV).mean())), golden.eager_max_abs)
+    limit = limits.max_abs_at(float(np.sqrt(np.square(golden.logits_BTV).mean())), golden.moved_max_abs)
     expected_BTV, verdict = golden.logits_BTV, NOTHING_CHOSEN
     max_abs = _max_abs(trace.logits_BTV, expected_BTV)
     if np.isfinite(max_abs) and not max_abs <= limit and _chooses(bundle, golden):

@@ -39,15 +39,16 @@ class EagerRunner:
     def prefill(self, tokens_BT: Array, valid_B: Array, select_BS: Array) -> tuple[Array, Choices]:
         """See `Runner`."""
         self._state = zero_state(self._cfg, len(tokens_BT), self._capacity, self._params.norm.dtype)
-        return self._run(tokens_BT, valid_B, select_BS)
+        return self.extend(tokens_BT, valid_B, select_BS)
 
     def decode(self, tokens_B: Array) -> tuple[Array, Choices]:
         """See `Runner`."""
         rows = len(tokens_B)
-        logits_B1V, choices = self._run(tokens_B[:, None], np.ones(rows, np.int64), np.zeros((rows, 1), np.int64))
+        logits_B1V, choices = self.extend(tokens_B[:, None], np.ones(rows, np.int64), np.zeros((rows, 1), np.int64))
         return logits_B1V[:, 0], choices
 
-    def _run(self, tokens_BT: Array, valid_B: Array, select_BS: Array) -> tuple[Array, Choices]:
+    def extend(self, tokens_BT: Array, valid_B: Array, select_BS: Array) -> tuple[Array, Choices]:
+        """See `Runner`."""
         tokens, valid, select = (torch.from_numpy(np.ascontiguousarray(array)) for array in (tokens_BT, valid_B, select_BS))
         taps = Taps(only=self._wanted.__contains__)
         with torch.no_grad():

@@ -1,10 +1,10 @@
-"""Random token draws and what a runtime answers to them: prefill of unequal prompts, then decode steps. Needs no torch.
+"""Random token draws and what a runtime answers: prefill of unequal prompts, whole or in two pieces, then decode steps. Needs no torch.
 
 B rows, T tokens of a whole row (prompt and decoded), P longest prompt, S selected tokens, V vocabulary.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,11 +26,13 @@ class Draws:
         tokens_BT: the rows, int64; T = longest prompt + steps.
         valid_B: prompt lengths.
         steps: decode steps.
+        cut: tokens of every prompt that are fed in a call of their own, fewer than the shortest has; 0 for prompts in one piece.
     """
 
     tokens_BT: Array
     valid_B: Array
     steps: int
+    cut: int = 0
 
     @property
     def mask_BT(self) -> Array:
@@ -60,6 +62,9 @@ class Runner(Protocol):
     def prefill(self, tokens_BT: Array, valid_B: Array, select_BS: Array) -> tuple[Array, Choices]:
         """Start anew; logits [B, S, V] and the choices made [B, T, ...], those of routers [B·T·R, k]."""
 
+    def extend(self, tokens_BT: Array, valid_B: Array, select_BS: Array) -> tuple[Array, Choices]:
+        """`prefill` that goes on from where the rows are."""
+
     def decode(self, tokens_B: Array) -> tuple[Array, Choices]:
         """One token per row; logits [B, V] and the choices made [B, 1, ...], those of routers [B·R, k]."""
 
@@ -73,6 +78,10 @@ class SessionRunner:
     def prefill(self, tokens_BT: Array, valid_B: Array, select_BS: Array) -> tuple[Array, Choices]:
         """See `Runner`."""
         self.session.reset()
+        return self.extend(tokens_BT, valid_B, select_BS)
+
+    def extend(self, tokens_BT: Array, valid_B: Array, select_BS: Array) -> tuple[Array, Choices]:
+        """See `Runner`."""
         return self.session.prefill(tokens_BT, valid_B, select=select_BS), {}
 
     def decode(self, tokens_B: Array) -> tuple[Array, Choices]:
@@ -83,7 +92,8 @@ class SessionRunner:
 def make_draws(vocab_size: int, draws: int, seed: int, longest_prompt: int, steps: int) -> list[Draws]:
     """At least `draws` random rows, in groups of equal size; the first two have prompts of the longest length and of 1.
 
-    The last row of a group of three or more has the longest prompt too: padding at the end of the flat tokens would hide a lost rest.
+    The last row of a group of three or more has the longest prompt too: padding at the end of the flat tokens would hide a lost rest. Every
+    second group is fed in two pieces.
 
     Raises:
         InputError: a count is out of range.
@@ -100,19 +110,23 @@ def make_draws(vocab_size: int, draws: int, seed: int, longest_prompt: int, step
     if rows > 2:
         valid_GB[:, -1] = longest_prompt
     tokens_GBT = generator.integers(0, vocab_size, (groups, rows, length))
-    made = [Draws(tokens_BT, valid_B, steps) for tokens_BT, valid_B in zip(tokens_GBT, valid_GB, strict=True)]
+    cut_G = np.zeros(groups, np.int64)
+    if longest_prompt > 1:
+        valid_GB[1::2] = np.maximum(valid_GB[1::2], max(2, longest_prompt // 2))
+        cut_G[1::2] = generator.integers(1, valid_GB[1::2].min(1))
+    made = [Draws(tokens_BT, valid_B, steps, int(cut)) for tokens_BT, valid_B, cut in zip(tokens_GBT, valid_GB, cut_G, strict=True)]
     for group in made:
         group.tokens_BT[~group.mask_BT] = 0
     return made
 
 
 def run_draws(runner: Runner, draws: Draws) -> Trace:
-    """Feed draws to a runner: one prefill of the longest prompt, then the decode steps of all rows together."""
+    """Feed draws to a runner: the prompts in one piece or two, then the decode steps of all rows together."""
     valid_B, rows = draws.valid_B, np.arange(len(draws.valid_B))
     prompt_BP = draws.tokens_BT[:, : valid_B.max()]
-    select_BP = np.minimum(np.arange(prompt_BP.shape[1]), valid_B[:, None] - 1)
-    first_BPV, choices = runner.prefill(prompt_BP, valid_B, select_BP)
-    parts = [{"logits": first_BPV, **by_token(choices, prompt_BP.shape)}]
+    pieces = [_feed(runner.prefill, prompt_BP[:, : draws.cut], np.full_like(valid_B, draws.cut))] if draws.cut else []
+    pieces.append(_feed(runner.extend if draws.cut else runner.prefill, prompt_BP[:, draws.cut :], valid_B - draws.cut))
+    parts = [{name: np.concatenate([piece[name] for piece in pieces], 1) for name in pieces[0]}]
     seconds = []
     for step in range(draws.steps):
         start = time.perf_counter()
@@ -122,6 +136,13 @@ def run_draws(runner: Runner, draws: Draws) -> Trace:
     aligned = {name: _align(draws, [part[name] for part in parts]) for name in parts[0]}
     logits_BTV = aligned.pop("logits")
     return Trace(logits_BTV, aligned, tuple(seconds))
+
+
+def _feed(feed: Callable[[Array, Array, Array], tuple[Array, Choices]], tokens_BT: Array, valid_B: Array) -> dict[str, Array]:
+    """What a runner tells of every token of some pieces of prompts."""
+    select_BT = np.minimum(np.arange(tokens_BT.shape[1]), valid_B[:, None] - 1)
+    logits_BTV, choices = feed(tokens_BT, valid_B, select_BT)
+    return {"logits": logits_BTV, **by_token(choices, tokens_BT.shape)}
 
 
 def by_token(choices: Choices, shape: tuple[int, ...]) -> Choices:

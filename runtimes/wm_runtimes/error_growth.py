@@ -126,6 +126,11 @@ class _KeptSteps:
         logits_BSV, choices = self._inner.prefill(tokens_BT, valid_B, select_BS)
         return logits_BSV[..., :0], choices
 
+    def extend(self, tokens_BT: Array, valid_B: Array, select_BS: Array) -> tuple[Array, Choices]:
+        """See `Runner`."""
+        logits_BSV, choices = self._inner.extend(tokens_BT, valid_B, select_BS)
+        return logits_BSV[..., :0], choices
+
     def decode(self, tokens_B: Array) -> tuple[Array, Choices]:
         """See `Runner`."""
         logits_BV, choices = self._inner.decode(tokens_B)

@@ -14,15 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wm_graph.tolerances import FLOOR_ULPS, UNIT_ROUNDOFF, op_limit
+from wm_graph.tolerances import FLOOR_ULPS, UNIT_ROUNDOFF, one_run_R, op_limit
 from wm_runtimes.op_calls import SELECTING, Call, Step, arguments_of, run_reference, token_mask
 from wm_runtimes.plain_model import PlainModel, choosing
 from wm_runtimes.selections import judge_experts, judge_router
-
-# Of one run, where nothing is pooled: sound runtimes reach 3.3 between ops (router logits, product-key queries) and 3.8 in them (ssd_scan).
-R_LIMIT = 8.0
-# An op that computes in float32 rounds a half-precision output once, to a quarter of R's floor: sound runtimes stay below 0.5.
-HALF_R_LIMIT = 1.5
 
 
 @dataclass(frozen=True)
@@ -121,14 +116,15 @@ class Judge:
 
     def _between(self, name: str, call: Call | None, actual: Tensor, ideal: Tensor, moved: Tensor, mask: Tensor) -> Check:
         if actual.shape != ideal.shape:
-            return Check(name, call, True, torch.inf, R_LIMIT, torch.inf, 0.0, (), torch.nan)
+            return Check(name, call, True, torch.inf, 0.0, torch.inf, 0.0, (), torch.nan)
         error = distance(actual, ideal, mask)
         if not actual.is_floating_point():
-            return _check(name, call, True, error, 0.0, 0.0, ideal)
+            return _check(name, call, True, error, 0.0, 0.0, ideal, 0.0)
+        R_limit = one_run_R("between", self._dtype)
         yardstick = distance(moved, ideal, mask)
         u = FLOOR_ULPS * UNIT_ROUNDOFF[self._dtype]
         below = max(yardstick.rms, u * error.scale_rms)
-        return _check(name, call, True, error, below, R_LIMIT * max(yardstick.largest, u * error.scale), ideal)
+        return _check(name, call, True, error, below, R_limit * max(yardstick.largest, u * error.scale), ideal, R_limit)
 
     def _op(self, call: Call, step: Step) -> Iterator[Check]:
         outputs = step.outputs(call)
@@ -145,16 +141,16 @@ class Judge:
 
     def _output(self, name: str, call: Call, value: Tensor, wanted: Tensor, plain: Tensor, mask: Tensor) -> Check:
         if value.shape != wanted.shape:
-            return Check(name, call, False, torch.inf, R_LIMIT, torch.inf, 0.0, (), torch.nan)
+            return Check(name, call, False, torch.inf, 0.0, torch.inf, 0.0, (), torch.nan)
         error = distance(value, wanted, mask)
         if not value.is_floating_point():
-            return _check(name, call, False, error, 0.0, 0.0, wanted)
+            return _check(name, call, False, error, 0.0, 0.0, wanted, 0.0)
         dtype = str(value.dtype).removeprefix("torch.")
         limit = op_limit(call.op, dtype, self._runtime).relative * error.scale + _least(value.dtype)
         # A reference that is wrong in this dtype alone, past eager's own limit, is no yardstick.
         plain_rms = min(distance(plain, wanted, mask).rms, op_limit(call.op, dtype, "eager").relative * error.scale)
         below = max(plain_rms, FLOOR_ULPS * UNIT_ROUNDOFF[dtype] * error.scale_rms + _least(value.dtype))
-        return _check(name, call, False, error, below, limit, wanted, R_LIMIT if dtype == "float32" else HALF_R_LIMIT)
+        return _check(name, call, False, error, below, limit, wanted, one_run_R("op", dtype))
 
     def _reference(self, call: Call, step: Step, outputs: Mapping[str, Tensor], double: bool) -> dict[str, Tensor]:
         """What the op's reference makes of the same inputs, in float64 or as they are; where it chooses, of the choice that was made."""
@@ -181,7 +177,7 @@ class Judge:
             excess = torch.inf  # no score is worse, so that equal ones were taken in another order
         index = tuple(int(axis) for axis in differs.nonzero()[0]) if differs.any() else ()
         wanted = float(own[index]) if index else torch.nan
-        return Check(f"{call.name}.expert", call, False, 0.0, R_LIMIT, excess, 1.0, index, wanted)
+        return Check(f"{call.name}.expert", call, False, 0.0, 0.0, excess, 1.0, index, wanted)
 
 
 def _excess(call: Call, args: tuple[Any, ...], expert: Tensor, budget: float, counts_BT: Tensor) -> float:
@@ -199,7 +195,7 @@ def _least(dtype: torch.dtype) -> float:
 
 
 def _check(
-    name: str, call: Call | None, between: bool, error: Distance, below: float, limit: float, wanted: Tensor, R_limit: float = R_LIMIT
+    name: str, call: Call | None, between: bool, error: Distance, below: float, limit: float, wanted: Tensor, R_limit: float
 ) -> Check:
     R = error.rms / below if below else (0.0 if not error.rms else torch.inf)
     expected = float(wanted[error.index]) if error.index else torch.nan

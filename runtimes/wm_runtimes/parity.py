@@ -24,7 +24,7 @@ from wm_graph.feed_forwards import product_keys
 from wm_graph.oracle import oracle_forward
 from wm_graph.params import CdmoeParams, Params, params_from_flat
 from wm_graph.taps import Taps
-from wm_graph.tolerances import FLOOR_ULPS, UNIT_ROUNDOFF, model_limit, score_budget
+from wm_graph.tolerances import FLOOR_ULPS, MOVED, UNIT_ROUNDOFF, model_limit, score_budget
 from wm_runtimes import availability, open_session
 from wm_runtimes.bundle import Bundle
 from wm_runtimes.choice_names import choice_names, op_of, options_of
@@ -165,12 +165,12 @@ class Oracle:
         followed = self.run(draws, choices)
         return followed.logits_BTV, self.judge(draws, followed.choices, choices)
 
-    def run(self, draws: Draws, replay: Choices | None = None) -> Trace:
-        """Logits after every token, and the oracle's queries, logits, scores and experts; float64."""
+    def run(self, draws: Draws, replay: Choices | None = None, noise: float = 0.0) -> Trace:
+        """Logits after every token, and the oracle's queries, logits, scores and experts; float64. For `noise` see `oracle_forward`."""
         wanted = set(choice_names(self.cfg, draws.tokens_BT.shape[1]))
         wanted |= {_reason_name(name) for name in wanted}
         taps = Taps({name: torch.from_numpy(self._possible(name, value)) for name, value in (replay or {}).items()}, wanted.__contains__)
-        logits_BTV, _ = oracle_forward(self.cfg, self.params, torch.from_numpy(draws.tokens_BT), taps=taps)
+        logits_BTV, _ = oracle_forward(self.cfg, self.params, torch.from_numpy(draws.tokens_BT), taps=taps, noise=noise)
         values = {name: value.numpy() for name, value in taps.values.items()}
         return Trace(logits_BTV.numpy(), by_token(values, draws.tokens_BT.shape), ())
 
@@ -258,7 +258,8 @@ class _Measurement:
         self.batch, self.capacity = groups[0].tokens_BT.shape
         self.names = choice_names(bundle.config, self.capacity)
         self.oracle = Oracle(bundle.config, params, bundle.dtype)
-        self.eager, self.sums = _Sums(), {name: _Sums() for name in runtimes}
+        self.u = UNIT_ROUNDOFF[bundle.dtype]
+        self.moved, self.eager, self.sums = _Sums(), _Sums(), {name: _Sums() for name in runtimes}
         self.scale_squares = 0.0
         self.seconds: dict[str, list[float]] = {name: [] for name in runtimes}
 
@@ -272,6 +273,8 @@ class _Measurement:
             done = index * (1 + len(self.runtimes))
             progress(f"oracle and eager, {index + 1} of {len(self.groups)}", done / stages)
             own, eager = self.oracle.run(draws), run_draws(yardstick, draws)
+            moved = self.oracle.run(draws, {name: own.choices[name] for name in self.names}, self.u)
+            self.moved.add((moved.logits_BTV - own.logits_BTV)[draws.mask_BT], NOTHING_CHOSEN)
             self._add(self.eager, draws, own, eager)
             self.scale_squares += float(np.square(own.logits_BTV[draws.mask_BT]).sum())
             for place, (name, teller) in enumerate(telling.items()):
@@ -295,8 +298,8 @@ class _Measurement:
         if not self.eager.count or not all(sums.count for sums in self.sums.values()):
             raise BudgetError("parity: no outputs in common, nothing was compared")
         scale = math.sqrt(self.scale_squares / self.eager.count)
-        floor = FLOOR_ULPS * UNIT_ROUNDOFF[self.bundle.dtype] * scale
-        below = float(np.maximum(self.eager.rms, floor))
+        # NaN of eager stays NaN; an eager that is further off than its arithmetic can be is no yardstick, and its own R says so.
+        below = float(np.maximum(np.minimum(self.eager.rms, MOVED[self.bundle.dtype] * self.moved.rms), FLOOR_ULPS * self.u * scale))
         rows = tuple(self._row(name, sums, below, scale) for name, sums in self.sums.items())
         tokens = sum(int(draws.mask_BT.sum()) for draws in self.groups)
         return ParityReport(self.bundle.name, self.batch * len(self.groups), tokens, self.eager.rms, scale, rows)
@@ -311,7 +314,7 @@ class _Measurement:
             R=sums.rms / below if below else (0.0 if sums.rms == 0 else math.inf),
             R_limit=limit.R,
             max_abs=sums.max_abs,
-            max_abs_limit=limit.max_abs_at(scale, self.eager.max_abs),
+            max_abs_limit=limit.max_abs_at(scale, self.moved.max_abs),
             choice_rate=sums.judgement.rate,
             choice_rate_limit=limit.choice_rate,
             choice_excess=sums.judgement.excess,

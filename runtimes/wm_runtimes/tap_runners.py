@@ -53,6 +53,10 @@ class StatesApart:
         """See `Runner`."""
         return self._part(self._inner.prefill(tokens_BT, valid_B, select_BS))
 
+    def extend(self, tokens_BT: Array, valid_B: Array, select_BS: Array) -> tuple[Array, Choices]:
+        """See `Runner`."""
+        return self._part(self._inner.extend(tokens_BT, valid_B, select_BS))
+
     def decode(self, tokens_B: Array) -> tuple[Array, Choices]:
         """See `Runner`."""
         return self._part(self._inner.decode(tokens_B))
@@ -89,6 +93,11 @@ class RecordedOps:
     def prefill(self, tokens_BT: Array, valid_B: Array, select_BS: Array) -> tuple[Array, Choices]:
         """See `Runner`."""
         logits_BSV, _ = self._inner.prefill(tokens_BT, valid_B, select_BS)
+        return logits_BSV, self._values()
+
+    def extend(self, tokens_BT: Array, valid_B: Array, select_BS: Array) -> tuple[Array, Choices]:
+        """See `Runner`."""
+        logits_BSV, _ = self._inner.extend(tokens_BT, valid_B, select_BS)
         return logits_BSV, self._values()
 
     def decode(self, tokens_B: Array) -> tuple[Array, Choices]:
@@ -152,6 +161,10 @@ class PromotedValues:
     def prefill(self, tokens_BT: Array, valid_B: Array, select_BS: Array) -> tuple[Array, Choices]:
         """See `Runner`."""
         return self._inner.prefill(tokens_BT, valid_B, select_BS)[0], self._session.told
+
+    def extend(self, tokens_BT: Array, valid_B: Array, select_BS: Array) -> tuple[Array, Choices]:
+        """See `Runner`."""
+        return self._inner.extend(tokens_BT, valid_B, select_BS)[0], self._session.told
 
     def decode(self, tokens_B: Array) -> tuple[Array, Choices]:
         """See `Runner`."""
