@@ -1,12 +1,12 @@
 """What `bisect` compares and what it finds: plain data. Needs no torch."""
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from wm_graph.errors import ConfigError
 from wm_runtimes import RUNTIMES
 from wm_runtimes.bundle import Bundle
+from wm_runtimes.json_values import json_values
 from wm_runtimes.onnxruntime_cpu import GRAPHS
 
 ORACLE = "oracle"
@@ -112,12 +112,5 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; numbers that are not finite become null."""
-        return _finite(asdict(self))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        found: dict[str, Any] = json_values(asdict(self))
+        return found

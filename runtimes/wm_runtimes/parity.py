@@ -30,6 +30,7 @@ from wm_runtimes.bundle import Bundle
 from wm_runtimes.choice_names import choice_names, op_of, options_of
 from wm_runtimes.choices import EagerRunner, TellingSession
 from wm_runtimes.draws import Array, Choices, Draws, Trace, by_token, make_draws, run_draws
+from wm_runtimes.json_values import json_values
 from wm_runtimes.selections import NOTHING_CHOSEN, Judgement, judge_experts, judge_router, judge_threshold, judge_window
 from wm_runtimes.session import Session
 
@@ -84,8 +85,7 @@ class ParityRow:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; numbers that are not finite become null."""
-        values = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in asdict(self).items()}
-        return values | {"passed": self.passed, "failures": list(self.failures)}
+        return {**json_values(asdict(self)), "passed": self.passed, "failures": list(self.failures)}
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,7 @@ class ParityReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        numbers = {name: value if math.isfinite(value) else None for name, value in (("eager_rms", self.eager_rms), ("scale", self.scale))}
-        head = {"bundle": self.bundle, "draws": self.draws, "tokens": self.tokens, **numbers, "passed": self.passed}
-        return head | {"rows": [row.to_dict() for row in self.rows]}
+        return {**json_values(asdict(self)), "passed": self.passed, "rows": [row.to_dict() for row in self.rows]}
 
 
 @dataclass

@@ -17,6 +17,7 @@ from wm_graph.tolerances import RUNTIME_DTYPES, UNIT_ROUNDOFF
 from wm_runtimes import RUNTIMES, availability, open_session
 from wm_runtimes.bundle import Bundle
 from wm_runtimes.error_growth import PROMPT, STEPS, GrowthRow, measure_growth
+from wm_runtimes.json_values import json_values
 from wm_runtimes.op_parity import OpRow, TapRow, measure_ops
 from wm_runtimes.parity import ParityReport, Progress, measure_parity
 
@@ -117,7 +118,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; numbers that are not finite become null."""
-        found: dict[str, Any] = _plain(asdict(self))
+        found: dict[str, Any] = json_values(asdict(self))
         found["models"] = [model.to_dict() for model in self.models]
         verdicts = {"ops": [row.passed for row in self.ops], "growth": [row.passed for row in self.growth]}
         for kind, passed in verdicts.items():
@@ -262,12 +263,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return {**found, "python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
-
-
-def _plain(value: Any) -> Any:
-    """JSON values; numbers that are not finite become null."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

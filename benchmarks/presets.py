@@ -1,0 +1,116 @@
+"""Parity of every preset, in every runtime of this machine and both dtypes: `python benchmarks/presets.py` measures, writes docs/parity.md.
+
+Each preset gets random parameters, is exported and measured by `wm`, in processes of its own. The record is resumable: what is in
+`benchmarks/results/presets.json` is not measured again, unless it is named.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from wm_graph.presets import PRESETS
+from wm_graph.shapes import count_parameters
+from wm_graph.tolerances import UNIT_ROUNDOFF
+
+ROOT = Path(__file__).parents[1]
+WM = Path(sysconfig.get_path("scripts")) / "wm"
+DTYPES = {"fp32": "float32", "fp16": "float16"}
+# Rows of the draws by the number of parameters: every row of a large vocabulary is millions of logits, which R pools.
+DRAWS = ((2e8, 64), (1e9, 16), (float("inf"), 8))
+COMPILED = 1e8  # parameters of the largest model that is compiled, in float32: compilation takes minutes
+Row = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("presets", nargs="*", help="presets to measure again; every one that is missing by default")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "presets", help="folder for checkpoints and bundles")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "presets.json")
+    parser.add_argument("--report", type=Path, default=ROOT / "docs" / "parity.md")
+    options = parser.parse_args()
+    if unknown := sorted(set(options.presets) - set(PRESETS)):
+        parser.error(f"unknown preset {unknown[0]}; choose from {', '.join(PRESETS)}")
+    found: dict[str, Row] = json.loads(options.results.read_text()) if options.results.exists() else {}
+    for name in sorted(PRESETS, key=lambda name: count_parameters(PRESETS[name])):
+        for dtype in options.dtypes:
+            key = f"{name} {dtype}"
+            if name in options.presets or (not options.presets and key not in found):
+                found[key] = measure(name, dtype, options.work)
+                print(key, summary(found[key]), flush=True)
+                options.results.write_text(json.dumps(found, indent=1) + "\n")
+                options.report.write_text(render(found), encoding="utf-8")
+
+
+def measure(name: str, dtype: str, work: Path) -> Row:
+    """Initialise, export and measure one preset; the report of `wm parity --json`, or why there is none."""
+    size = count_parameters(PRESETS[name])
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    runtimes = ["eager", "onnxruntime-cpu", *(["compiled"] if size <= COMPILED and dtype == "fp32" else [])]
+    draws = next(count for most, count in DRAWS if size < most)
+    try:
+        wm("init", name, "-o", work / "checkpoint")
+        wm("export", work / "checkpoint", "-o", work / "bundle", "--dtype", dtype)
+        shutil.rmtree(work / "checkpoint")
+        report: Row = json.loads(wm("parity", work / "bundle", "--runtimes", ",".join(runtimes), "--draws", draws, "--json", fails=True))
+        return report
+    except RuntimeError as error:
+        return {"error": str(error)}
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def wm(*words: object, fails: bool = False) -> str:
+    """What a `wm` command prints; exit code 1, numbers out of budget, is an answer where `fails`."""
+    done = subprocess.run([str(WM), *map(str, words)], capture_output=True, text=True, check=False)
+    if done.returncode not in ((0, 1) if fails else (0,)):
+        raise RuntimeError(f"wm {words[0]} ended with {done.returncode}: {done.stderr.strip().splitlines()[-1] if done.stderr else ''}")
+    return done.stdout
+
+
+def summary(row: Row) -> str:
+    if "error" in row:
+        return str(row["error"])
+    return "; ".join(f"{one['runtime']} R {one['R']:.3f} {'passed' if one['passed'] else 'FAILED'}" for one in row["rows"])
+
+
+def render(found: dict[str, Row]) -> str:
+    """The document."""
+    lines = [
+        "# Parity of every preset\n",
+        "Written by `python benchmarks/presets.py` from what `wm parity` measured; nothing is entered by hand. Random parameters, random",
+        "prompts of 1 to 79 tokens, half of them in two pieces, then 8 decoded tokens, against the float64 oracle. The limits are those of",
+        "[tolerances.md](tolerances.md). `compiled` is measured in float32 on models of up to 100 M parameters.\n",
+        f"u of float32 is {UNIT_ROUNDOFF['float32']:.3g}, of float16 {UNIT_ROUNDOFF['float16']:.3g}.\n",
+        "| preset | dtype | runtime | draws | R | limit | max abs | limit | choices differing | verdict |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    order = list(PRESETS)
+    for key in sorted(found, key=lambda key: (order.index(key.split()[0]), key.split()[1] != "fp32")):
+        name, dtype = key.split()
+        if "error" in found[key]:
+            lines.append(f"| `{name}` | {DTYPES[dtype]} | – | – | – | – | – | – | – | not measured: {found[key]['error']} |")
+        lines += [_line(name, found[key]["draws"], row) for row in found[key].get("rows", [])]
+    return "\n".join(lines) + "\n"
+
+
+def _line(name: str, draws: int, row: Row) -> str:
+    cells = (
+        f"`{name}`", row["dtype"], row["runtime"], str(draws), _number(row["R"], ".3f"), f"{row['R_limit']:g}",
+        _number(row["max_abs"], ".2e"), f"{row['max_abs_limit']:.2e}", _number(row["choice_rate"], ".3%"),
+        "passed" if row["passed"] else "**failed**",
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)
+
+
+if __name__ == "__main__":
+    main()
