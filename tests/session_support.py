@@ -55,6 +55,19 @@ def state_of(session: Session) -> dict[str, Array]:
     return saved.leaves | {"position": saved.position_B}
 
 
+def meaning_of(session: Session) -> dict[str, Array]:
+    """The state, cells of caches past the position, which padding may leave anything in, as zeros."""
+    state = state_of(session)
+    for leaf in session.bundle.state:
+        if "capacity" in leaf.shape:
+            axis = leaf.shape.index("capacity")
+            past_BS = np.arange(session.capacity) >= state["position"][:, None]
+            shape = [1] * state[leaf.name].ndim
+            shape[0], shape[axis] = past_BS.shape
+            state[leaf.name] = np.where(past_BS.reshape(shape), 0, state[leaf.name]).astype(state[leaf.name].dtype)
+    return state
+
+
 def assert_same(got: dict[str, Array], expected: dict[str, Array], rows: Any = slice(None), expected_rows: Any = None) -> None:
     """The states are equal bit by bit in the given rows."""
     assert got.keys() == expected.keys()

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from hypothesis_profiles import law
 from model_pool import POOL, RUNTIMES, SIZES, Member, Pool
-from session_support import BAD, assert_same, check_fed, feed, state_of
+from session_support import BAD, assert_same, check_fed, feed, meaning_of, state_of
 from strategies_models import SEEDS, Texts, cuts, orders, subsets, texts
 from wm_graph.config import FEED_FORWARDS, FORMS, MIXERS, ModelConfig
 from wm_graph.errors import CapacityError, InputError
@@ -290,6 +290,7 @@ def test_bad_input_is_refused_and_every_bit_stays(pool: Pool, runtime: str, case
 @law(N, "session")
 @pytest.mark.parametrize("graph", ONNX)
 @given(case=cases(), edges=cuts(70))
+@example(case=Case("bamba", 2, 70, Texts(0, (0, 3))), edges=(2,))  # padding is left in cells past the position
 def test_writing_in_place_equals_copying_bit_by_bit(pool: Pool, graph: str, case: Case, edges: tuple[int, ...]) -> None:
     member, session, rows = case.open(pool, graph)
     copying = member.session(graph, case.batch, case.capacity, "copying", alias=False)
@@ -299,7 +300,7 @@ def test_writing_in_place_equals_copying_bit_by_bit(pool: Pool, graph: str, case
         for row, got_SV, want_SV in zip(rows, feed(session, pieces), feed(copying, pieces), strict=True):
             np.testing.assert_array_equal(got_SV, want_SV)
             compared += check_fed(member, graph, row, min(end, len(row)), got_SV)
-    assert_same(state_of(session), state_of(copying))
+    assert_same(meaning_of(session), meaning_of(copying))
     assume(compared)
 
 

@@ -35,8 +35,9 @@ def command(
     steps: Annotated[int, typer.Option(min=0, help="Decode steps after the prompts.")] = 4,
     as_json: AsJson = False,
 ) -> None:
-    """Find the first tensor that is out of budget between two runtimes or two bundles: op, step, index, both values.
+    """Find the first tensor out of budget between two runtimes.
 
+    Or between two bundles of one configuration. It prints module, op, step, index, both values and a command that finds the same again.
     Exit code 1 says that there is one.
     """
     from wm_graph.errors import BudgetError, ConfigError
