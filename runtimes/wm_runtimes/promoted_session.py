@@ -54,6 +54,10 @@ class PromotingSession(OnnxRuntimeCpuSession):
     def _outputs(self) -> dict[str, str]:
         return {name: kind for name, kind in super()._outputs().items() if name not in self._fresh}
 
+    def _binding(self, buffers: StateBuffers, start: int, shape: tuple[int, ...], selected: int) -> Any:
+        self._last = super()._binding(buffers, start, shape, selected)  # those of large logits are not kept
+        return self._last
+
     def _bind(self, buffers: StateBuffers, start: int, batch: int, length: int, selected: int) -> Any:
         binding = super()._bind(buffers, start, batch, length, selected)
         for value in self._fresh:
@@ -66,7 +70,7 @@ class PromotingSession(OnnxRuntimeCpuSession):
         logits_BSV = super()._run_at_once(buffers, start, position_B, tokens_BT, valid_B, select_BS)
         found: dict[str, Array] = {}
         if self._fresh:
-            outputs = self._binding(buffers, start, tokens_BT.shape, select_BS.shape[1]).io.get_outputs()
+            outputs = self._last.io.get_outputs()
             found = {name: value.numpy().copy() for name, value in zip(self._fresh, outputs[-len(self._fresh) :], strict=True)}
         rows = slice(start, start + len(tokens_BT))
         found |= {value: buffers.arrays[leaf][rows].copy() for value, leaf in self._states.items() if leaf in buffers.arrays}
