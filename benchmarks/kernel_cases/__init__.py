@@ -1,6 +1,6 @@
 """What `benchmarks/kernels.py` measures: one `Case` per op, shape and dtype, from the module of each family here."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pkgutil import iter_modules
@@ -46,6 +46,34 @@ class Case:
     bars: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Space:
+    """Configurations that `benchmarks/tune.py` tries for one regime of an op.
+
+    Attributes:
+        case: what is timed; its op's `triton_configs.json` gets the row.
+        regime: the regime that the case is in.
+        dims: the dimensions that the row names, by letter; empty for a row that serves all.
+        start: the values to begin with; all of them.
+        groups: lists of values by name. The product of a group is tried with everything else at its best so far, group after group.
+    """
+
+    case: Case
+    regime: str
+    dims: Mapping[str, int]
+    start: Mapping[str, int]
+    groups: Sequence[Mapping[str, Sequence[int]]]
+
+
 def all_cases() -> list[Case]:
-    """The cases of every family, in the order of their modules' names."""
-    return [case for module in iter_modules(__path__) for case in import_module(f"{__name__}.{module.name}").cases()]
+    """The cases of every family, in the order of their modules' names; names that start with _ are helpers."""
+    return [case for family in _families() for case in family.cases()]
+
+
+def all_spaces() -> list[Space]:
+    """The spaces of every family that has any: a function `spaces` beside `cases`."""
+    return [space for family in _families() if hasattr(family, "spaces") for space in family.spaces()]
+
+
+def _families() -> list[Any]:
+    return [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__) if not module.name.startswith("_")]

@@ -1,0 +1,166 @@
+"""Tries configurations of Triton kernels on the CUDA device, each checked before it is timed, and writes the best into the op's table.
+
+    python benchmarks/tune.py [--op expert_mix ...] [--write]
+
+Without --write it prints only. Compilation runs in processes beside the one that measures, and fills Triton's own cache.
+"""
+
+import argparse
+import importlib
+import inspect
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from kernel_cases import Inputs, Space, all_spaces
+
+from wm_kernels import triton_configs, triton_launch
+
+Values = dict[str, int]
+Compilation = tuple[str, str, tuple[Any, ...], dict[str, Any]]  # module, kernel, arguments with dtypes for tensors, constants and options
+KERNELS = Path(triton_configs.__file__).parent
+QUICK, LONG = 20, 100  # ms of repeats: of every candidate, of the best few
+FINALISTS = 4
+
+
+def force(op: str, values: Mapping[str, int] | None) -> None:
+    """Make the op use these values whatever its table says; None goes back to the table."""
+    rows = _rows if values is None else lambda name: (MappingProxyType({"values": values}),) if name == op else _rows(name)
+    triton_configs._rows = rows  # type: ignore[assignment]
+    triton_configs.config.cache_clear()
+    for function in vars(importlib.import_module(f"wm_kernels.{op}.plan")).values():
+        if hasattr(function, "cache_clear") and function.__module__.endswith(f"{op}.plan"):
+            function.cache_clear()
+
+
+_rows = triton_configs._rows
+
+
+def compilations(space: Space, values: Values, inputs: Inputs) -> list[Compilation]:
+    """What a call with these values compiles, found by a call that launches nothing."""
+    found: list[Compilation] = []
+
+    def record(plan: triton_launch.Plan, tensors: Mapping[str, torch.Tensor]) -> None:
+        dtypes = {name: tensor.dtype for name, tensor in tensors.items()} | {name: made.dtype for name, made in plan.scratch.items()}
+        for launch in plan.launches:
+            arguments = tuple(dtypes[value] if isinstance(value, str) else value for value in launch.arguments)
+            options = dict(launch.constants) | {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+            found.append((launch.kernel.fn.__module__, launch.kernel.fn.__name__, arguments, options))
+
+    callers = [
+        module for name, module in sys.modules.items() if name.startswith("wm_kernels.") and vars(module).get("run") is triton_launch.run
+    ]
+    force(space.case.op, values)
+    for module in callers:
+        vars(module)["run"] = record
+    try:
+        space.case.ours(inputs)
+    finally:
+        for module in callers:
+            vars(module)["run"] = triton_launch.run
+    return found
+
+
+def compile_one(job: Compilation) -> str | None:
+    """Compile into Triton's cache; the error's first line if it cannot be compiled."""
+    module, name, arguments, options = job
+    try:
+        getattr(importlib.import_module(module), name).warmup(*arguments, grid=(1,), **options)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return None
+
+
+def measure(space: Space, values: Values, inputs: Inputs, ms: int) -> float:
+    """Median microseconds of a call, or infinity if it is wrong or cannot run."""
+    from triton.testing import do_bench
+
+    force(space.case.op, values)
+    try:
+        error = space.case.oracle(inputs)
+        if not error <= 1:
+            print(f"  {values}: {error:.3g} times its budget", flush=True)
+            return float("inf")
+        return 1e3 * float(do_bench(lambda: space.case.ours(inputs), warmup=ms // 4, rep=ms, return_mode="median"))
+    except Exception as failure:
+        print(f"  {values}: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:120]}", flush=True)
+        return float("inf")
+
+
+def candidates(group: Mapping[str, Iterable[int]], best: Values) -> Iterator[Values]:
+    """The product of a group over the best values so far."""
+    for chosen in product(*group.values()):
+        yield best | dict(zip(group, chosen, strict=True))
+
+
+def tune(space: Space, pool: ProcessPoolExecutor) -> tuple[Values, list[dict[str, Any]]]:
+    """The best values, and all that was measured."""
+    case = space.case
+    inputs, best, log = case.make(), dict(space.start), list[dict[str, Any]]()
+    for group in space.groups:
+        begun = time.perf_counter()
+        tried = list(candidates(group, best))
+        jobs = {repr(job): job for values in tried for job in compilations(space, values, inputs)}
+        failed = {key for key, error in zip(jobs, pool.map(compile_one, jobs.values()), strict=True) if error}
+        tried = [values for values in tried if not any(repr(job) in failed for job in compilations(space, values, inputs))]
+        compiled = time.perf_counter()
+        times = sorted(((measure(space, values, inputs, QUICK), values) for values in tried), key=lambda row: row[0])
+        finals = [(measure(space, values, inputs, LONG), values) for _, values in times[:FINALISTS]]
+        micros, best = min(finals, key=lambda row: row[0])
+        log += [{"op": case.op, "case": case.name, "us": us, "values": values} for us, values in (*times, *finals)]
+        seconds = f"compiled {len(jobs)} in {compiled - begun:.0f} s, measured in {time.perf_counter() - compiled:.0f} s"
+        print(f"{case.op} {case.name} {space.regime}: {micros:.1f} us {best}; {seconds}, {len(failed)} could not be compiled", flush=True)
+        for us, values in times[:5]:
+            print(f"    {us:8.1f} { ({name: values[name] for name in group}) }", flush=True)
+    force(case.op, None)
+    return best, log
+
+
+def write(space: Space, best: Values, arch: str) -> None:
+    """Put the row before those that serve everything, in place of one for the same."""
+    path = KERNELS / space.case.op / "triton_configs.json"
+    row = {"arch": arch, "dtype": space.case.dtype, "regime": space.regime} | ({"dims": dict(space.dims)} if space.dims else {})
+    rows = [kept for kept in json.loads(path.read_text(encoding="utf-8")) if {key: kept[key] for key in kept if key != "values"} != row]
+    # A row that names dimensions comes before one that does not.
+    place = next((i for i, other in enumerate(rows) if "arch" not in other or (not other.get("dims") and other["arch"] == arch)), len(rows))
+    rows.insert(place if space.dims else _after(rows, arch), row | {"values": best})
+    path.write_text("[\n" + ",\n".join(f"  {json.dumps(row)}" for row in rows) + "\n]\n", encoding="utf-8")
+
+
+def _after(rows: list[dict[str, Any]], arch: str) -> int:
+    """Behind the rows of other architectures and those of this one, before the general ones."""
+    return next((i for i, other in enumerate(rows) if "arch" not in other), len(rows))
+
+
+def main() -> None:
+    """Tune the spaces that are asked for."""
+    parser = argparse.ArgumentParser(description=inspect.cleandoc(__doc__ or "").splitlines()[0])
+    parser.add_argument("--op", nargs="*", default=[], help="ops, or op:regime; default all that have spaces")
+    parser.add_argument("--write", action="store_true", help="write the tables")
+    parser.add_argument("--log", type=Path, help="write all that was measured as JSON")
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device: configurations are measured")
+    arch, log = triton_launch.architecture(torch.device("cuda")), list[dict[str, Any]]()
+    wanted = [space for space in all_spaces() if not given.op or {space.case.op, f"{space.case.op}:{space.regime}"} & set(given.op)]
+    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), mp_context=multiprocessing.get_context("spawn")) as pool:
+        for space in wanted:
+            best, measured = tune(space, pool)
+            log += measured
+            if given.write:
+                write(space, best, arch)
+            if given.log:
+                given.log.write_text(json.dumps(log), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
