@@ -2,7 +2,7 @@
 
     python benchmarks/tune.py [--op expert_mix ...] [--write]
 
-Without --write it prints only. Compilation runs in processes beside the one that measures, and fills Triton's own cache.
+Without --write it prints only. Compilation runs in processes beside the one that measures, without CUDA, and fills Triton's own cache.
 """
 
 import argparse
@@ -13,9 +13,8 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from itertools import product
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -28,8 +27,8 @@ from wm_kernels import triton_configs, triton_launch
 Values = dict[str, int]
 Compilation = tuple[str, str, tuple[Any, ...], dict[str, Any]]  # module, kernel, arguments with dtypes for tensors, constants and options
 KERNELS = Path(triton_configs.__file__).parent
-QUICK, LONG = 20, 100  # ms of repeats: of every candidate, of the best few
-FINALISTS = 4
+QUICK, LONG = 20, 60  # ms of repeats: of every candidate, of the best few
+FINALISTS = 3
 
 
 def force(op: str, values: Mapping[str, int] | None) -> None:
@@ -56,9 +55,8 @@ def compilations(space: Space, values: Values, inputs: Inputs) -> list[Compilati
             options = dict(launch.constants) | {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
             found.append((launch.kernel.fn.__module__, launch.kernel.fn.__name__, arguments, options))
 
-    callers = [
-        module for name, module in sys.modules.items() if name.startswith("wm_kernels.") and vars(module).get("run") is triton_launch.run
-    ]
+    launch_now = triton_launch.run
+    callers = [module for name, module in sys.modules.items() if name.startswith("wm_kernels.") and vars(module).get("run") is launch_now]
     force(space.case.op, values)
     for module in callers:
         vars(module)["run"] = record
@@ -66,14 +64,35 @@ def compilations(space: Space, values: Values, inputs: Inputs) -> list[Compilati
         space.case.ours(inputs)
     finally:
         for module in callers:
-            vars(module)["run"] = triton_launch.run
+            vars(module)["run"] = launch_now
     return found
 
 
-def compile_one(job: Compilation) -> str | None:
-    """Compile into Triton's cache; the error's first line if it cannot be compiled."""
+class _Elsewhere:
+    """A driver that knows what to compile for, and cannot launch."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+
+def compile_one(capability: int, job: Compilation) -> str | None:
+    """Compile into Triton's cache, as a launch would; the error's first line if it cannot be compiled."""
+    from triton.runtime import driver
+
     module, name, arguments, options = job
     try:
+        driver.set_active(_Elsewhere(capability))
         getattr(importlib.import_module(module), name).warmup(*arguments, grid=(1,), **options)
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -88,41 +107,56 @@ def measure(space: Space, values: Values, inputs: Inputs, ms: int) -> float:
     try:
         error = space.case.oracle(inputs)
         if not error <= 1:
-            print(f"  {values}: {error:.3g} times its budget", flush=True)
+            print(f"  {space.case.op} {space.case.name} {values}: {error:.3g} times its budget", flush=True)
             return float("inf")
         return 1e3 * float(do_bench(lambda: space.case.ours(inputs), warmup=ms // 4, rep=ms, return_mode="median"))
     except Exception as failure:
-        print(f"  {values}: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:120]}", flush=True)
+        print(
+            f"  {space.case.op} {space.case.name} {values}: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:120]}",
+            flush=True,
+        )
         return float("inf")
 
 
-def candidates(group: Mapping[str, Iterable[int]], best: Values) -> Iterator[Values]:
-    """The product of a group over the best values so far."""
-    for chosen in product(*group.values()):
-        yield best | dict(zip(group, chosen, strict=True))
+class Trial:
+    """A space while it is tuned. The first group is compiled from the start, beside the measurements of other spaces."""
 
+    def __init__(self, space: Space, pool: ProcessPoolExecutor) -> None:
+        self.space, self.pool = space, pool
+        self.inputs, self.best, self.log = space.case.make(), dict(space.start), list[dict[str, Any]]()
+        self.capability = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
+        self.compiling = self.submit(space.groups[0])
 
-def tune(space: Space, pool: ProcessPoolExecutor) -> tuple[Values, list[dict[str, Any]]]:
-    """The best values, and all that was measured."""
-    case = space.case
-    inputs, best, log = case.make(), dict(space.start), list[dict[str, Any]]()
-    for group in space.groups:
-        begun = time.perf_counter()
-        tried = list(candidates(group, best))
-        jobs = {repr(job): job for values in tried for job in compilations(space, values, inputs)}
-        failed = {key for key, error in zip(jobs, pool.map(compile_one, jobs.values()), strict=True) if error}
-        tried = [values for values in tried if not any(repr(job) in failed for job in compilations(space, values, inputs))]
-        compiled = time.perf_counter()
-        times = sorted(((measure(space, values, inputs, QUICK), values) for values in tried), key=lambda row: row[0])
-        finals = [(measure(space, values, inputs, LONG), values) for _, values in times[:FINALISTS]]
-        micros, best = min(finals, key=lambda row: row[0])
-        log += [{"op": case.op, "case": case.name, "us": us, "values": values} for us, values in (*times, *finals)]
-        seconds = f"compiled {len(jobs)} in {compiled - begun:.0f} s, measured in {time.perf_counter() - compiled:.0f} s"
-        print(f"{case.op} {case.name} {space.regime}: {micros:.1f} us {best}; {seconds}, {len(failed)} could not be compiled", flush=True)
-        for us, values in times[:5]:
-            print(f"    {us:8.1f} { ({name: values[name] for name in group}) }", flush=True)
-    force(case.op, None)
-    return best, log
+    def submit(self, group: Sequence[Values]) -> list[tuple[Values, list[Future[str | None]]]]:
+        """Begin to compile every candidate of a group."""
+        jobs: dict[str, Future[str | None]] = {}
+        candidates = [self.best | dict(values) for values in group]
+        found = []
+        for values in candidates:
+            for job in compilations(self.space, values, self.inputs):
+                jobs.setdefault(repr(job), self.pool.submit(compile_one, self.capability, job))
+            found.append((values, [jobs[repr(job)] for job in compilations(self.space, values, self.inputs)]))
+        return found
+
+    def run(self) -> Values:
+        """The best values, group after group."""
+        case = self.space.case
+        for index, group in enumerate(self.space.groups):
+            begun = time.perf_counter()
+            found = self.compiling if index == 0 else self.submit(group)
+            tried = [values for values, jobs in found if not any(job.result() for job in jobs)]
+            compiled = time.perf_counter()
+            times = sorted(((measure(self.space, values, self.inputs, QUICK), values) for values in tried), key=lambda row: row[0])
+            finals = [(measure(self.space, values, self.inputs, LONG), values) for _, values in times[:FINALISTS]]
+            micros, self.best = min(finals, key=lambda row: row[0], default=(float("inf"), self.best))
+            self.log += [{"op": case.op, "case": case.name, "us": us, "values": values} for us, values in (*times, *finals)]
+            spent = f"waited {compiled - begun:.0f} s, measured {time.perf_counter() - compiled:.0f} s"
+            chosen = {name: self.best[name] for name in group[0]}
+            print(f"{case.op} {case.name} {self.space.regime}: {micros:.1f} us {chosen}; {spent}, {len(tried)} of {len(group)}", flush=True)
+            for us, values in times[1:5]:
+                print(f"    {us:8.1f} { ({name: values[name] for name in group[0]}) }", flush=True)
+        force(case.op, None)
+        return self.best
 
 
 def write(space: Space, best: Values, arch: str) -> None:
@@ -148,18 +182,24 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the tables")
     parser.add_argument("--log", type=Path, help="write all that was measured as JSON")
     given = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("no CUDA device: configurations are measured")
-    arch, log = triton_launch.architecture(torch.device("cuda")), list[dict[str, Any]]()
     wanted = [space for space in all_spaces() if not given.op or {space.case.op, f"{space.case.op}:{space.regime}"} & set(given.op)]
-    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), mp_context=multiprocessing.get_context("spawn")) as pool:
-        for space in wanted:
-            best, measured = tune(space, pool)
-            log += measured
-            if given.write:
-                write(space, best, arch)
+    for op in {space.case.op for space in wanted}:
+        importlib.import_module(f"wm_kernels.{op}.triton_op")
+    # Forked before anything touches CUDA, which does not survive a fork.
+    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), mp_context=multiprocessing.get_context("fork")) as pool:
+        pool.submit(os.getpid).result()
+        if not torch.cuda.is_available():
+            raise SystemExit("no CUDA device: configurations are measured")
+        arch, log = triton_launch.architecture(torch.device("cuda")), list[dict[str, Any]]()
+        trials = [Trial(space, pool) for space in wanted]
+        for trial in trials:
+            best = trial.run()
+            log += trial.log
+            if given.write and trial.log:
+                write(trial.space, best, arch)
             if given.log:
                 given.log.write_text(json.dumps(log), encoding="utf-8")
+            trial.inputs.clear()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from itertools import product
 from pkgutil import iter_modules
 from typing import Any
 
@@ -55,14 +56,19 @@ class Space:
         regime: the regime that the case is in.
         dims: the dimensions that the row names, by letter; empty for a row that serves all.
         start: the values to begin with; all of them.
-        groups: lists of values by name. The product of a group is tried with everything else at its best so far, group after group.
+        groups: what is tried, group after group, with everything that a group does not name at its best so far.
     """
 
     case: Case
     regime: str
     dims: Mapping[str, int]
     start: Mapping[str, int]
-    groups: Sequence[Mapping[str, Sequence[int]]]
+    groups: Sequence[Sequence[Mapping[str, int]]]
+
+
+def grid(**values: Sequence[int]) -> list[dict[str, int]]:
+    """The product of lists of values by name, as a group of a `Space`."""
+    return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
 
 
 def all_cases() -> list[Case]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import wm_kernels as ops
-from kernel_cases import Case, Inputs, Space
+from kernel_cases import Case, Inputs, Space, grid
 from kernel_cases._common import compiled, eager, generator, normal, once, over_budget, wide
 from wm_kernels.expert_mix import expert_mix_reference
 from wm_kernels.moe_mix import moe_mix_reference
@@ -33,29 +33,33 @@ def cases() -> list[Case]:
 
 def spaces() -> list[Space]:
     """Tiles of the routers; slices, tokens and rows of the mixture."""
-    keys, tiles = {"block_M": 64, "num_warps": 4}, [{"block_M": [16, 32, 64, 128], "num_warps": [1, 2, 4, 8]}]
-    made = [Space(product_keys("M", 16384, 4, 64, 128, 8), "many", {}, keys, tiles)]
-    made.append(
-        Space(product_keys("step", 64, 4, 64, 128, 8), "few", {}, keys | {"block_M": 16}, [{"block_M": [16], "num_warps": [1, 2, 4, 8]}])
-    )
-    made.append(
-        Space(product_keys("E 1M", 4096, 8, 128, 1024, 16), "many", {"J": 1024}, keys | {"block_M": 16}, [tiles[0] | {"block_M": [16, 32]}])
-    )
+    keys = {"block_M": 64, "num_warps": 4}
+    tiles = grid(block_M=[16, 32], num_warps=[1, 2, 4]) + grid(block_M=[64, 128], num_warps=[4, 8])
+    made = [Space(product_keys("M", 16384, 4, 64, 128, 8), "many", {}, keys, [tiles])]
+    made.append(Space(product_keys("step", 64, 4, 64, 128, 8), "few", {}, keys, [grid(block_M=[16], num_warps=[1, 2, 4])]))
+    million = grid(block_M=[16], num_warps=[4, 8]) + grid(block_M=[64], num_warps=[8, 16])
+    made.append(Space(product_keys("E 1M", 4096, 8, 128, 1024, 16), "many", {"J": 1024}, keys, [million]))
     start = {"inner_D": 256, "inner_tokens": 8, "picks": 32, "inner_Q": 16, "inner_warps": 1}
     start |= {"outer_D": 256, "outer_tokens": 8, "outer_Q": 16, "outer_warps": 1}
-    inner = {"inner_D": [64, 128, 256, 512, 1024, 2048], "inner_Q": [8, 16, 32], "inner_warps": [1, 2, 4], "picks": [32]}
-    outer = {"outer_D": [64, 128, 256, 512, 1024, 2048], "outer_Q": [8, 16, 32], "outer_warps": [1, 2, 4]}
-    tokens = [{"inner_tokens": [1, 4, 16, 64]}, {"outer_tokens": [1, 4, 16, 64]}]
+    inner = grid(inner_D=[64, 128, 256], inner_Q=[8, 16, 32], inner_warps=[1]) + grid(
+        inner_D=[256, 512], inner_Q=[16, 32], inner_warps=[2, 4]
+    )
+    outer = grid(outer_D=[64, 128, 256], outer_Q=[8, 16, 32], outer_warps=[1]) + grid(
+        outer_D=[512, 1024], outer_Q=[8, 16], outer_warps=[2, 4]
+    )
+    inner += grid(inner_D=[2048], inner_Q=[4, 8], inner_warps=[4, 8])
+    tokens = [grid(inner_tokens=[1, 4, 16, 64]), grid(outer_tokens=[1, 4, 16, 64])]
     for case, dims in ((mixture("M", 16384, 2048, 16384, 4, 8), {}), (mixture("E 1024", 16384, 1024, 1024, 4, 8), {"D": 1024})):
         made.append(Space(case, "many", dims, start, [inner, outer, *tokens]))
     few = start | {"inner_D": 8192, "inner_tokens": 1, "picks": 4, "inner_Q": 4, "inner_warps": 4, "outer_D": 128, "outer_tokens": 1}
-    splits = [{"picks": [1, 4, 8, 32], "inner_Q": [1, 4, 8], "inner_warps": [2, 4, 8]}]
-    splits.append({"outer_D": [64, 128, 256, 512], "outer_Q": [8, 16, 32], "outer_warps": [1, 2]})
+    splits = [grid(picks=[1], inner_Q=[1], inner_warps=[2, 4, 8]) + grid(picks=[4, 8], inner_Q=[4], inner_warps=[4, 8])]
+    splits.append(grid(outer_D=[64, 128, 256], outer_Q=[16, 32], outer_warps=[1]))
     made.append(Space(mixture("step", 64, 2048, 16384, 4, 8), "some", {}, few, splits))
     made.append(Space(mixture("step 8", 8, 2048, 16384, 4, 8), "few", {}, few, splits))
-    narrow = [{"elements": [256, 512, 1024, 2048, 4096], "num_warps": [1, 2, 4]}]
-    made.append(Space(router("E 64", 16384, 64, 8), "narrow", {}, {"elements": 1024, "num_warps": 1}, narrow))
-    made.append(Space(router("E 1024", 16384, 1024, 32), "narrow", {"E": 1024}, {"elements": 1024, "num_warps": 1}, narrow))
+    narrow = grid(elements=[256, 512, 1024, 2048], num_warps=[1]) + grid(elements=[2048, 4096], num_warps=[4])
+    made.append(Space(router("E 64", 16384, 64, 8), "narrow", {}, {"elements": 1024, "num_warps": 1}, [narrow]))
+    full = grid(elements=[1024], num_warps=[1, 2]) + grid(elements=[2048, 4096], num_warps=[4])
+    made.append(Space(router("E 1024", 16384, 1024, 32), "narrow", {"E": 1024}, {"elements": 1024, "num_warps": 1}, [full]))
     return made
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import wm_kernels as ops
-from kernel_cases import Case, Inputs, Space
+from kernel_cases import Case, Inputs, Space, grid
 from kernel_cases._common import compiled, eager, generator, normal, once, over_budget, wide
 from wm_kernels.causal_conv1d import causal_conv1d_reference
 from wm_kernels.gated_rms_norm import gated_rms_norm_reference
@@ -36,20 +36,20 @@ def cases() -> list[Case]:
 def spaces() -> list[Space]:
     """Norms by width, convolution, rotation, scan."""
     rows = {"rows": 1, "programs": 65536, "num_warps": 4}
-    tiles = [{"rows": [1, 2, 4], "num_warps": [1, 2, 4, 8], "programs": [65536]}, {"programs": [528, 1056, 2112, 65536]}]
-    few = [{"num_warps": [1, 2, 4, 8, 16]}]
+    tiles = [grid(rows=[1], num_warps=[1, 2, 4, 8]) + grid(rows=[2, 4], num_warps=[4, 8]), grid(programs=[1056, 2112, 65536])]
+    few = [grid(num_warps=[2, 4, 8, 16])]
     made = [Space(norm(16384, D), "many", {"D": D}, rows, tiles) for D in (2048, 4096, 8192)]
     made += [Space(gated(16384, C), "many", {"C": C}, rows, tiles) for C in (2048, 4096, 8192)]
     made += [Space(norm(64, 2048), "few", {}, rows, few), Space(gated(64, 2048), "few", {}, rows, few)]
-    conv = [{"block_T": [4, 8, 16, 32, 64], "block_C": [64, 128, 256, 512], "num_warps": [1, 2, 4, 8]}]
-    made.append(Space(convolution("M", 4, 4096, 4352), "tokens", {}, {"block_T": 32, "block_C": 256, "num_warps": 4}, conv))
-    step = [{"block_T": [1], "block_C": [64, 128, 256, 512, 1024], "num_warps": [1, 2, 4]}]
-    made.append(Space(convolution_step(128, 4352), "step", {}, {"block_T": 1, "block_C": 256, "num_warps": 1}, step))
-    turn = [{"block_M": [1, 2, 4, 8, 16], "block_H": [4, 8, 32], "num_warps": [1, 2, 4, 8]}]
-    made.append(Space(rotation(4, 4096, 20, 128), "many", {}, {"block_M": 4, "block_H": 8, "num_warps": 4}, turn))
-    walk = [{"block_C": [32, 64, 128, 256], "num_warps": [1, 2, 4], "chunk": [64]}, {"chunk": [32, 64, 128, 256]}]
+    conv = grid(block_T=[4, 8, 16], block_C=[256], num_warps=[1, 2, 4]) + grid(block_T=[16, 32, 64], block_C=[64, 128], num_warps=[2, 4])
+    made.append(Space(convolution("M", 4, 4096, 4352), "tokens", {}, {"block_T": 32, "block_C": 256, "num_warps": 4}, [conv]))
+    step = grid(block_T=[1], block_C=[64, 128, 256], num_warps=[1, 2])
+    made.append(Space(convolution_step(128, 4352), "step", {}, {"block_T": 1, "block_C": 256, "num_warps": 1}, [step]))
+    turn = grid(block_M=[1, 2, 4], block_H=[4, 8], num_warps=[1, 2, 4]) + grid(block_M=[1], block_H=[32], num_warps=[4, 8])
+    made.append(Space(rotation(4, 4096, 20, 128), "many", {}, {"block_M": 4, "block_H": 8, "num_warps": 4}, [turn]))
+    walk = [grid(block_C=[32, 64], num_warps=[1]) + grid(block_C=[128, 256], num_warps=[2, 4]), grid(chunk=[32, 64, 128, 256])]
     made.append(Space(scan("long", 1, 8192, 4096, 16), "chunks", {}, {"block_C": 128, "chunk": 64, "num_warps": 4}, walk))
-    made.append(Space(scan_step(128, 4096, 16), "sweep", {}, {"block_C": 32, "chunk": 0, "num_warps": 1}, [walk[0] | {"chunk": [0]}]))
+    made.append(Space(scan_step(128, 4096, 16), "sweep", {}, {"block_C": 32, "chunk": 0, "num_warps": 1}, walk[:1]))
     return made
 
 
