@@ -25,7 +25,7 @@ def line(found: Measured, rates: Measured) -> str:
     """One case as a line of text."""
     head = f"{found['op']} {found['case']} {found['dtype']}"
     if "ours" not in found:
-        return f"{head}: WRONG, {found['error']:.3g} times its budget"
+        return f"{head}: WRONG, {found.get('reason') or format(found['error'], '.3g') + ' times its budget'}"
     ours = found["ours"]["us"]
     parts = [f"{name} {_over(row, ours)}" for name, row in found["peers"].items()]
     graph = f", {found['ours']['graph_us']:.1f} in a graph" if found["ours"].get("graph_us") else ""

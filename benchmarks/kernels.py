@@ -17,19 +17,12 @@ from typing import Any
 
 import _kernels_report
 import torch
+from _timing import graph_microseconds, microseconds
 from kernel_cases import Case, Inputs, all_cases
 
 ROOT = Path(__file__).parents[1]
 Measured = dict[str, Any]
-REPEAT_MS = 100
 GRAPHED = 300.0  # microseconds: faster calls are also timed as a CUDA graph, without the host's part
-
-
-def microseconds(call: Callable[[], Any], ms: int = REPEAT_MS) -> float:
-    """Median of repeated calls; the L2 cache is emptied before each."""
-    from triton.testing import do_bench
-
-    return 1e3 * float(do_bench(call, warmup=ms // 4, rep=ms, return_mode="median"))
 
 
 def rates() -> Measured:
@@ -40,22 +33,6 @@ def rates() -> Measured:
     del source, target
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     return {"copy_bytes_s": copy, "matmul_flop_s": 2 * 8192**3 / microseconds(lambda: a @ b) * 1e6}
-
-
-def graph_microseconds(call: Callable[[], Any]) -> float | None:
-    """The call replayed as a CUDA graph, or None where it cannot be captured."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            call()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            call()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
-    return microseconds(graph.replay)
 
 
 def extra_memory(call: Callable[[], Any]) -> int:
@@ -106,9 +83,12 @@ def measure(case: Case, wanted: list[str]) -> Measured:
     torch.manual_seed(0)
     inputs = case.make()
     begun = time.perf_counter()
-    error = case.oracle(inputs)
-    checked = time.perf_counter() - begun
-    found: Measured = {"op": case.op, "case": case.name, "dtype": case.dtype, "error": error, "checked_s": checked}
+    found: Measured = {"op": case.op, "case": case.name, "dtype": case.dtype}
+    try:
+        found["error"] = error = case.oracle(inputs)
+    except Exception as failure:  # one op that fails must not hide the others
+        found |= {"error": (error := float("inf")), "reason": f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:160]}"}
+    found["checked_s"] = time.perf_counter() - begun
     found |= {"bytes": case.bytes, "flops": case.flops, "bars": dict(case.bars)}
     if not error <= 1:
         return found

@@ -49,7 +49,8 @@ def spaces() -> list[Space]:
     made.append(Space(rotation(4, 4096, 20, 128), "many", {}, {"block_M": 4, "block_H": 8, "num_warps": 4}, [turn]))
     walk = [grid(block_C=[32, 64], num_warps=[1]) + grid(block_C=[128, 256], num_warps=[2, 4]), grid(chunk=[32, 64, 128, 256])]
     made.append(Space(scan("long", 1, 8192, 4096, 16), "chunks", {}, {"block_C": 128, "chunk": 64, "num_warps": 4}, walk))
-    made.append(Space(scan_step(128, 4096, 16), "sweep", {}, {"block_C": 32, "chunk": 0, "num_warps": 1}, walk[:1]))
+    step = [grid(block_C=[32, 64, 128, 256], num_warps=[1, 2, 4])]
+    made.append(Space(scan_step(128, 4096, 16), "step", {}, {"block_C": 64, "chunk": 0, "num_warps": 4}, step))
     return made
 
 

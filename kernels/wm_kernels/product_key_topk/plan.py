@@ -11,6 +11,7 @@ from wm_kernels.triton_launch import Launch, Plan
 from wm_kernels.triton_support import blocks, dtype_name, power_of_two
 
 WIDEST = 1024  # sub-keys whose scores are held at once
+KEY_BYTES = 2**17  # of sub-keys held at once, in shared memory
 
 
 def regime(M: int) -> str:
@@ -39,14 +40,16 @@ def plan(
 ) -> Plan:
     """One launch; tensors query_BTR2d, keys_RJ2d, weight_MRk, expert_MRk."""
     values = override or config("product_key_topk", arch, dtype_name(dtype), regime(B * T), (("J", J), ("d", d), ("k", k)))
+    block_d = max(16, power_of_two(d))
+    block_J = min(WIDEST, power_of_two(J), KEY_BYTES // (block_d * dtype.itemsize))
     constants = {
         "R": R,
         "d": d,
         "J": J,
         "k": k,
         "BLOCK_M": values["block_M"],
-        "BLOCK_d": max(16, power_of_two(d)),
-        "BLOCK_J": max(16, min(WIDEST, power_of_two(J))),
+        "BLOCK_d": block_d,
+        "BLOCK_J": max(16, block_J),
         "K": power_of_two(k),
         "SLOTS": power_of_two(slots(k)),
         "INTERPRETED": arch == "interpreter",

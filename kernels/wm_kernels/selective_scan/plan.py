@@ -16,7 +16,9 @@ SWEEP_CHANNELS = 2**17  # of all rows: enough to hide the memory's delay without
 
 
 def regime(T: int, channels: int) -> str:
-    """`sweep` walks all tokens in one launch; `chunks` does them side by side, in three, the states computed twice."""
+    """`step` is one token; `sweep` walks all tokens in one launch; `chunks` does them side by side, in three, the states computed twice."""
+    if T == 1:
+        return "step"
     return "sweep" if T <= SWEEP_TOKENS or channels >= SWEEP_CHANNELS else "chunks"
 
 
@@ -53,11 +55,12 @@ def plan(
     tile = {"BLOCK_C": block_C, "BLOCK_N": power_of_two(N)}
     chunk = values["chunk"] or max(T, 1)
     K = max(1, blocks(T, chunk))
+    step = chosen == "step"
     flags = {"HAS_VALID": given[0], "HAS_STATE": given[1]}
 
     def part(name: str, before: str, after: str) -> Launch:
         names = ("x_BTC", "dt_BTC", "A_CN", "B_BTN", "C_BTN", "valid_B", before, "y_BTC", after, "total" if K > 1 else "A_CN")
-        constants: Mapping[str, Any] = {"C": C, "N": N, **flags, "PART": name, **tile}
+        constants: Mapping[str, Any] = {"C": C, "N": N, **flags, "PART": name, "STEP": step, **tile}
         grid = (blocks(C, block_C), K, B)
         return Launch(selective_scan_kernel, grid, (*names, T, chunk, 1, *token_strides, *state_strides), constants, values["num_warps"], 1)
 

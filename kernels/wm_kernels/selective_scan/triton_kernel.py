@@ -4,7 +4,8 @@
 
 A program holds the states of BLOCK_C channels as [BLOCK_C, N], so that a thread has all N of a channel and sums over them by itself. The
 compiler would lay such a tile out by what lies side by side in memory, which differs from tensor to tensor, and move it between layouts at
-every token. ONE is the integer 1, but not known to the compiler: multiplied by it, no axis seems to lie side by side.
+every token. ONE is the integer 1, but not known to the compiler: multiplied by it, no axis seems to lie side by side. For a single token
+the layout of memory is the better one, and STEP says so.
 """
 
 import triton
@@ -19,7 +20,7 @@ def selective_scan_kernel(
     x_stride_B, x_stride_T, dt_stride_B, dt_stride_T, A_stride, B_stride_B, B_stride_T, C_stride_B, C_stride_T,
     before_stride_B, before_stride_C, after_stride_B, after_stride_C,
     C: tl.constexpr, N: tl.constexpr, HAS_VALID: tl.constexpr, HAS_STATE: tl.constexpr, PART: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """CHUNK tokens of BLOCK_C channels.
 
@@ -27,6 +28,7 @@ def selective_scan_kernel(
     zero, where `after` is the chunk's own contribution [B, K, N, C] and the sum of its steps is kept, and then "outputs", where `before`
     [B, K, N, C] holds the states at the chunks' beginnings.
     """
+    one = 1 if STEP else ONE
     b = tl.program_id(2).to(tl.int64)
     chunk = tl.program_id(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -34,9 +36,9 @@ def selective_scan_kernel(
     in_C = c < C
     in_N = n < N
     inside = in_C[:, None] & in_N[None, :]
-    A = tl.load(A_CN + c[:, None] * A_stride + n[None, :] * ONE, mask=inside, other=0) * LOG2E
-    place = (b * tl.num_programs(1) + chunk) * N * C + n[None, :] * C + c[:, None] * ONE
-    state_at = before + b * before_stride_B + c[:, None] * before_stride_C + n[None, :] * ONE
+    A = tl.load(A_CN + c[:, None] * A_stride + n[None, :] * one, mask=inside, other=0) * LOG2E
+    place = (b * tl.num_programs(1) + chunk) * N * C + n[None, :] * C + c[:, None] * one
+    state_at = before + b * before_stride_B + c[:, None] * before_stride_C + n[None, :] * one
     if PART == "outputs":
         state = tl.load(before + place, mask=inside, other=0)
     elif PART == "whole" and HAS_STATE:
@@ -85,7 +87,7 @@ def selective_scan_kernel(
         tl.store(total_BKC + (b * tl.num_programs(1) + chunk) * C + c, total, mask=in_C)
     elif PART == "whole":
         tl.debug_barrier()  # every thread has read the state before one writes it
-        tl.store(after + b * after_stride_B + c[:, None] * after_stride_C + n[None, :] * ONE, state, mask=inside)
+        tl.store(after + b * after_stride_B + c[:, None] * after_stride_C + n[None, :] * one, state, mask=inside)
 
 
 @triton.jit(do_not_specialize=["K", "ONE"])
