@@ -41,8 +41,8 @@ def spaces() -> list[Space]:
     made = [Space(norm(16384, D), "many", {"D": D}, rows, tiles) for D in (2048, 4096, 8192)]
     made += [Space(gated(16384, C), "many", {"C": C}, rows, tiles) for C in (2048, 4096, 8192)]
     made += [Space(norm(64, 2048), "few", {}, rows, few), Space(gated(64, 2048), "few", {}, rows, few)]
-    conv = grid(block_T=[4, 8, 16], block_C=[256], num_warps=[1, 2, 4]) + grid(block_T=[16, 32, 64], block_C=[64, 128], num_warps=[2, 4])
-    made.append(Space(convolution("M", 4, 4096, 4352), "tokens", {}, {"block_T": 32, "block_C": 256, "num_warps": 4}, [conv]))
+    conv = grid(block_T=[8, 16, 32], block_C=[128], num_warps=[1]) + grid(block_T=[8, 16, 32], block_C=[256], num_warps=[1, 2])
+    made.append(Space(convolution("M", 4, 4096, 4352), "tokens", {}, {"block_T": 16, "block_C": 256, "num_warps": 2}, [conv]))
     step = grid(block_T=[1], block_C=[64, 128, 256], num_warps=[1, 2])
     made.append(Space(convolution_step(128, 4352), "step", {}, {"block_T": 1, "block_C": 256, "num_warps": 1}, [step]))
     turn = grid(block_M=[1, 2, 4], block_H=[4, 8], num_warps=[1, 2, 4]) + grid(block_M=[1], block_H=[32], num_warps=[4, 8])

@@ -13,7 +13,7 @@ def causal_conv1d_kernel(
     C: tl.constexpr, L: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_VALID: tl.constexpr, SILU: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_T tokens of BLOCK_C channels, read once for each tap: all but the first reading are served by the L1 cache.
+    """BLOCK_T tokens of BLOCK_C channels: their inputs and the Y before them are read once, all before the first is used.
 
     The program of a row's first tokens, the only one that reads the state, also writes the new one: state and new state may share memory.
     """
@@ -22,27 +22,31 @@ def causal_conv1d_kernel(
     b = tl.program_id(2).to(tl.int64)
     first = tl.program_id(1) * BLOCK_T
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    t = first + tl.arange(0, BLOCK_T)
     in_C = c < C
     x_row = x_BTC + b * x_stride_B
     before = before_BYC + b * before_stride_B
-    y = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    x_at = x_row + first.to(tl.int64) * x_stride_T + c
+    inputs = ()
+    for i in tl.static_range(BLOCK_T + Y):
+        t = first + (i - Y)
+        inputs = inputs + (tl.load(x_at + (i - Y) * x_stride_T, mask=in_C & (t >= 0) & (t < T), other=0),)
+    taps = ()
     for tap in tl.static_range(L):
-        source = t + tap - Y  # of x; negative ones are in the state
-        inside = ((source >= 0) & (source < T))[:, None] & in_C[None, :]
-        x = tl.load(x_row + source.to(tl.int64)[:, None] * x_stride_T + c[None, :], mask=inside, other=0).to(tl.float32)
-        if HAS_STATE and tap < Y:
-            if first < Y:
-                kept = (source < 0)[:, None] & in_C[None, :]
-                x += tl.load(before + (source + Y)[:, None] * before_stride_Y + c[None, :], mask=kept, other=0)
-        weight = tl.load(weight_CL + c * weight_stride + tap, mask=in_C, other=0).to(tl.float32)
-        y += x * weight[None, :]
-    if HAS_BIAS:
-        y += tl.load(bias_C + c, mask=in_C, other=0).to(tl.float32)[None, :]
-    if SILU:
-        y = y / (1 + tl.exp2(-LOG2E * y))
-    y_at = y_BTC + (b * T + t)[:, None] * C + c[None, :]
-    tl.store(y_at, y.to(y_BTC.dtype.element_ty), mask=(t < T)[:, None] & in_C[None, :])
+        taps = taps + (tl.load(weight_CL + c * weight_stride + tap, mask=in_C, other=0).to(tl.float32),)
+    bias = tl.load(bias_C + c, mask=in_C, other=0).to(tl.float32) if HAS_BIAS else tl.zeros((BLOCK_C,), tl.float32)
+    y_at = y_BTC + (b * T + first) * C + c
+    for i in tl.static_range(BLOCK_T):
+        y = tl.zeros((BLOCK_C,), tl.float32)
+        for tap in tl.static_range(L):
+            x = inputs[i + tap].to(tl.float32)
+            if HAS_STATE and i + tap < Y:
+                if first == 0:
+                    x += tl.load(before + (i + tap) * before_stride_Y + c, mask=in_C, other=0)
+            y += x * taps[tap]
+        y += bias
+        if SILU:
+            y = y / (1 + tl.exp2(-LOG2E * y))
+        tl.store(y_at + i * C, y.to(y_BTC.dtype.element_ty), mask=in_C & (first + i < T))
 
     if Y > 0:
         if first == 0:

@@ -9,12 +9,13 @@ from torch import Tensor
 from wm_kernels.moe_mix.plan import combine_plan, hidden_plan
 from wm_kernels.triton_launch import architecture, run
 
+MOST_GROUPS = 1023  # of torch's grouped product
 GROUPED_ALIGNMENT = 8  # entries: torch's grouped product wants rows of a multiple of 16 bytes
 
 
 def serves_grouped(x_MD: Tensor, out_EDI: Tensor) -> bool:
     """Whether torch's grouped product is a kernel for these: bfloat16 on compute capability 9.0 or later, rows of whole 16 bytes."""
-    if x_MD.dtype != torch.bfloat16 or not hasattr(torch, "_grouped_mm"):
+    if x_MD.dtype != torch.bfloat16 or not hasattr(torch, "_grouped_mm") or out_EDI.shape[0] > MOST_GROUPS:
         return False
     aligned = out_EDI.shape[1] % GROUPED_ALIGNMENT == 0 and out_EDI.shape[2] % GROUPED_ALIGNMENT == 0
     return aligned and torch.cuda.get_device_capability(x_MD.device) >= (9, 0)

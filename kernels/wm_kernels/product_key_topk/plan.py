@@ -11,6 +11,7 @@ from wm_kernels.triton_launch import Launch, Plan
 from wm_kernels.triton_support import blocks, dtype_name, power_of_two
 
 WIDEST = 1024  # sub-keys whose scores are held at once
+MANY_SLOTS = 128  # more pairs than this take tiles of the fewest tokens, or they do not fit in registers
 KEY_BYTES = 2**17  # of sub-keys held at once, in shared memory
 
 
@@ -40,6 +41,7 @@ def plan(
 ) -> Plan:
     """One launch; tensors query_BTR2d, keys_RJ2d, weight_MRk, expert_MRk."""
     values = override or config("product_key_topk", arch, dtype_name(dtype), regime(B * T), (("J", J), ("d", d), ("k", k)))
+    block_M = values["block_M"] if slots(k) <= MANY_SLOTS else 16
     block_d = max(16, power_of_two(d))
     block_J = min(WIDEST, power_of_two(J), KEY_BYTES // (block_d * dtype.itemsize))
     constants = {
@@ -47,7 +49,7 @@ def plan(
         "d": d,
         "J": J,
         "k": k,
-        "BLOCK_M": values["block_M"],
+        "BLOCK_M": block_M,
         "BLOCK_d": block_d,
         "BLOCK_J": max(16, block_J),
         "K": power_of_two(k),
@@ -55,7 +57,7 @@ def plan(
         "INTERPRETED": arch == "interpreter",
     }
     names = ("query_BTR2d", "keys_RJ2d", "weight_MRk", "expert_MRk")
-    grid = (blocks(B * T, values["block_M"]), R)
+    grid = (blocks(B * T, block_M), R)
     return Plan(
         (Launch(product_key_topk_kernel, grid, (*names, B * T, T, *query_strides, *keys_strides), constants, values["num_warps"], 1),)
     )
