@@ -12,7 +12,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --constraint constraints.txt
 PINS := pyproject.toml constraints.txt
 
-.PHONY: help demo test test-deep lint format types contract check bench clean
+GPU_PYTHON ?= python3
+
+.PHONY: help demo test test-deep test-gpu lint format types contract check bench clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -25,6 +27,10 @@ test: .venv/.test ## run the tests
 
 test-deep: .venv/.test ## the laws on 30,000 examples, other ones each round; resumable: stop it and call it again
 	@$(BIN)/python tests/deep.py $(ARGS)
+
+test-gpu: ## the tests on a GPU, with GPU_PYTHON: an environment with a CUDA build of torch, triton, and the test tools
+	@$(GPU_PYTHON) -c 'import torch; raise SystemExit(None if torch.cuda.is_available() else "make test-gpu: no CUDA device for this torch")'
+	@$(GPU_PYTHON) -m pytest tests/test_cuda.py tests/test_triton_*.py $(ARGS)
 
 lint: .venv/.test ## style: ruff check and ruff format
 	@$(BIN)/ruff check .
@@ -40,8 +46,8 @@ types: .venv/.test ## mypy --strict over the four packages
 contract: .venv/.test ## the direction of imports
 	@$(BIN)/lint-imports --no-cache
 
-bench: .venv/.test ## the measurements of benchmarks/; files that start with _ are their helpers
-	@for file in benchmarks/[!_]*.py; do $(BIN)/python "$$file" $(ARGS); done
+bench: .venv/.test ## the measurements of benchmarks/cpu.py; those of benchmarks/kernels.py need a GPU and its own environment
+	@$(BIN)/python benchmarks/cpu.py $(ARGS)
 
 check: ## what a change must pass: lint, types, contract, test
 	@.ci/run

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wm_kernels._registration import acc_dtype, check_dtype, check_shapes, check_that, register_reference_autograd
+from wm_kernels.triton_support import served
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda y: y, "silu": F.silu}
 
@@ -94,6 +95,19 @@ def causal_conv1d(
     return y_BTC.contiguous(), state.contiguous()
 
 
+@causal_conv1d.register_kernel("cuda")
+def _(
+    x_BTC: Tensor, weight_CL: Tensor, bias_C: Tensor | None, state_BYC: Tensor | None, valid_B: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    _check("causal_conv1d", x_BTC, weight_CL, bias_C, state_BYC, valid_B, activation)
+    if not served(x_BTC, weight_CL, bias_C):
+        y_BTC, state = _conv(x_BTC, weight_CL, bias_C, state_BYC, valid_B, activation)
+        return y_BTC.contiguous(), state.contiguous()
+    from wm_kernels.causal_conv1d.triton_op import causal_conv1d_triton
+
+    return causal_conv1d_triton(x_BTC, weight_CL, bias_C, state_BYC, valid_B, activation)
+
+
 @causal_conv1d.register_fake
 def _(
     x_BTC: Tensor, weight_CL: Tensor, bias_C: Tensor | None, state_BYC: Tensor | None, valid_B: Tensor | None, activation: str
@@ -115,6 +129,18 @@ def causal_conv1d_(
     y_BTC, state = _conv(x_BTC, weight_CL, bias_C, state_BYC, valid_B, activation)
     state_BYC.copy_(state)
     return y_BTC.contiguous()
+
+
+@causal_conv1d_.register_kernel("cuda")
+def _(x_BTC: Tensor, weight_CL: Tensor, bias_C: Tensor | None, state_BYC: Tensor, valid_B: Tensor | None, activation: str) -> Tensor:
+    _check("causal_conv1d_", x_BTC, weight_CL, bias_C, state_BYC, valid_B, activation)
+    if not served(x_BTC, weight_CL, bias_C):
+        y_BTC, state = _conv(x_BTC, weight_CL, bias_C, state_BYC, valid_B, activation)
+        state_BYC.copy_(state)
+        return y_BTC.contiguous()
+    from wm_kernels.causal_conv1d.triton_op import causal_conv1d_triton
+
+    return causal_conv1d_triton(x_BTC, weight_CL, bias_C, state_BYC, valid_B, activation, state_BYC)[0]
 
 
 @causal_conv1d_.register_fake

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wm_kernels._registration import acc_dtype, check_dtype, check_shapes, check_that, register_reference_autograd, spans
+from wm_kernels.triton_support import served
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 GATHERED_ELEMENTS = 2**21  # entries of one table gathered at a time: 8 MB in float32, about a core's share of cache
@@ -91,6 +92,24 @@ def expert_mix(
 ) -> Tensor:
     """See `expert_mix_reference`."""
     return expert_mix_reference(x_BTD, expert_BTRk, weight_BTRk, down_ED, up_ED, activation, weight_inside).contiguous()
+
+
+@expert_mix.register_kernel("cuda")
+def _(
+    x_BTD: Tensor,
+    expert_BTRk: Tensor,
+    weight_BTRk: Tensor,
+    down_ED: Tensor,
+    up_ED: Tensor,
+    activation: str,
+    weight_inside: bool,
+) -> Tensor:
+    _check(x_BTD, expert_BTRk, weight_BTRk, down_ED, up_ED, activation)
+    if not served(x_BTD, weight_BTRk, down_ED, up_ED) or not expert_BTRk.numel() or not x_BTD.numel():
+        return expert_mix_reference(x_BTD, expert_BTRk, weight_BTRk, down_ED, up_ED, activation, weight_inside).contiguous()
+    from wm_kernels.expert_mix.triton_op import expert_mix_triton
+
+    return expert_mix_triton(x_BTD, expert_BTRk, weight_BTRk, down_ED, up_ED, activation, weight_inside)
 
 
 @expert_mix.register_fake

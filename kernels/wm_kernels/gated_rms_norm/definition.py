@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wm_kernels._registration import acc_dtype, check_dtype, check_shapes, register_reference_autograd
+from wm_kernels.triton_support import served
 
 
 def gated_rms_norm_reference(y_MC: Tensor, z_MC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
@@ -49,6 +50,16 @@ def _check(y_MC: Tensor, z_MC: Tensor, weight_C: Tensor) -> None:
 def gated_rms_norm(y_MC: Tensor, z_MC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
     """See `gated_rms_norm_reference`."""
     return gated_rms_norm_reference(y_MC, z_MC, weight_C, eps).contiguous()
+
+
+@gated_rms_norm.register_kernel("cuda")
+def _(y_MC: Tensor, z_MC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
+    _check(y_MC, z_MC, weight_C)
+    if not served(y_MC, weight_C) or not y_MC.numel():
+        return gated_rms_norm_reference(y_MC, z_MC, weight_C, eps).contiguous()
+    from wm_kernels.gated_rms_norm.triton_op import gated_rms_norm_triton
+
+    return gated_rms_norm_triton(y_MC, z_MC, weight_C, eps)
 
 
 @gated_rms_norm.register_fake

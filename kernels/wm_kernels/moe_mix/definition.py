@@ -12,6 +12,7 @@ from torch import Tensor
 
 from wm_kernels._registration import acc_dtype, check_dtype, check_shapes, check_that
 from wm_kernels.expert_mix.definition import ACTIVATIONS
+from wm_kernels.triton_support import served
 
 _SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"silu": torch.ops.aten.silu_backward, "gelu": torch.ops.aten.gelu_backward}
 
@@ -175,6 +176,27 @@ def moe_mix(
     # At most a copy of the whole table; on the CPU, reading which experts were chosen costs nothing.
     few = x_MD.device.type != "cpu" and expert_Mk.numel() <= in_EFD.shape[0]
     run = _gathered if few else moe_mix_reference
+    return run(x_MD, expert_Mk, weight_Mk, in_EFD, in_bias_EF, out_EDI, out_bias_ED, activation, gated).contiguous()
+
+
+@moe_mix.register_kernel("cuda")
+def _(
+    x_MD: Tensor,
+    expert_Mk: Tensor,
+    weight_Mk: Tensor,
+    in_EFD: Tensor,
+    in_bias_EF: Tensor | None,
+    out_EDI: Tensor,
+    out_bias_ED: Tensor | None,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    _check(x_MD, expert_Mk, weight_Mk, in_EFD, in_bias_EF, out_EDI, out_bias_ED, activation, gated)
+    run = _gathered if expert_Mk.numel() <= in_EFD.shape[0] else moe_mix_reference
+    if run is moe_mix_reference and served(x_MD):
+        from wm_kernels.moe_mix.triton_op import moe_mix_grouped, serves_grouped
+
+        run = moe_mix_grouped if serves_grouped(x_MD, out_EDI) else run
     return run(x_MD, expert_Mk, weight_Mk, in_EFD, in_bias_EF, out_EDI, out_bias_ED, activation, gated).contiguous()
 
 

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 from wm_kernels._registration import acc_dtype, check_dtype, check_shapes, check_that, register_reference_autograd
+from wm_kernels.triton_support import served
+
+MOST_PICKS = 64  # of the CUDA kernel, which holds all pairs of sub-keys that can win in registers; more are the reference's
 
 
 def ordered_topk(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -66,6 +69,17 @@ def product_key_topk(query_BTR2d: Tensor, keys_RJ2d: Tensor, k: int) -> tuple[Te
     """See `product_key_topk_reference`."""
     weight_BTRk, expert_BTRk = product_key_topk_reference(query_BTR2d, keys_RJ2d, k)
     return weight_BTRk.contiguous(), expert_BTRk.contiguous()
+
+
+@product_key_topk.register_kernel("cuda")
+def _(query_BTR2d: Tensor, keys_RJ2d: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    _check(query_BTR2d, keys_RJ2d, k)
+    if not served(query_BTR2d) or not query_BTR2d.numel() or k > MOST_PICKS:
+        weight_BTRk, expert_BTRk = product_key_topk_reference(query_BTR2d, keys_RJ2d, k)
+        return weight_BTRk.contiguous(), expert_BTRk.contiguous()
+    from wm_kernels.product_key_topk.triton_op import product_key_topk_triton
+
+    return product_key_topk_triton(query_BTR2d, keys_RJ2d, k)
 
 
 @product_key_topk.register_fake

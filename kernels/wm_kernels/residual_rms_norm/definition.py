@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from wm_kernels._registration import acc_dtype, check_dtype, check_shapes, register_reference_autograd
+from wm_kernels.triton_support import served
 
 
 def residual_rms_norm_reference(
@@ -54,6 +55,17 @@ def residual_rms_norm(x_MD: Tensor, residual_MD: Tensor, scale_D: Tensor | None,
     """See `residual_rms_norm_reference`."""
     normed_MD, sum_MD = residual_rms_norm_reference(x_MD, residual_MD, scale_D, weight_D, eps)
     return normed_MD.contiguous(), sum_MD.contiguous()
+
+
+@residual_rms_norm.register_kernel("cuda")
+def _(x_MD: Tensor, residual_MD: Tensor, scale_D: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    _check(x_MD, residual_MD, scale_D, weight_D)
+    if not served(x_MD, scale_D, weight_D) or not x_MD.numel():
+        normed_MD, sum_MD = residual_rms_norm_reference(x_MD, residual_MD, scale_D, weight_D, eps)
+        return normed_MD.contiguous(), sum_MD.contiguous()
+    from wm_kernels.residual_rms_norm.triton_op import residual_rms_norm_triton
+
+    return residual_rms_norm_triton(x_MD, residual_MD, scale_D, weight_D, eps)
 
 
 @residual_rms_norm.register_fake

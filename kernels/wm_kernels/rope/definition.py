@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from wm_kernels._registration import acc_dtype, check_shapes, check_that, register_reference_autograd
+from wm_kernels.triton_support import served
 
 
 def rope_reference(x_BTHP: Tensor, cos_BTF: Tensor, sin_BTF: Tensor) -> Tensor:
@@ -48,6 +49,16 @@ def _check(x_BTHP: Tensor, cos_BTF: Tensor, sin_BTF: Tensor) -> None:
 def rope(x_BTHP: Tensor, cos_BTF: Tensor, sin_BTF: Tensor) -> Tensor:
     """See `rope_reference`."""
     return rope_reference(x_BTHP, cos_BTF, sin_BTF).contiguous()
+
+
+@rope.register_kernel("cuda")
+def _(x_BTHP: Tensor, cos_BTF: Tensor, sin_BTF: Tensor) -> Tensor:
+    _check(x_BTHP, cos_BTF, sin_BTF)
+    if not served(x_BTHP, cos_BTF, sin_BTF) or not x_BTHP.numel() or not cos_BTF.numel():
+        return rope_reference(x_BTHP, cos_BTF, sin_BTF).contiguous()
+    from wm_kernels.rope.triton_op import rope_triton
+
+    return rope_triton(x_BTHP, cos_BTF, sin_BTF)
 
 
 @rope.register_fake

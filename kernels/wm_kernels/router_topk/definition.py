@@ -8,6 +8,10 @@ from torch import Tensor
 
 from wm_kernels._registration import acc_dtype, check_shapes, check_that, register_reference_autograd
 from wm_kernels.product_key_topk.definition import ordered_topk
+from wm_kernels.triton_support import served
+
+# Of the CUDA kernel, which holds a token's logits in registers and finds one pick after another; more are the reference's.
+MOST_EXPERTS, MOST_PICKS = 8192, 64
 
 
 def router_topk_reference(logits_ME: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -51,6 +55,17 @@ def router_topk(logits_ME: Tensor, k: int, normalize: bool) -> tuple[Tensor, Ten
     """See `router_topk_reference`."""
     weight_Mk, expert_Mk = router_topk_reference(logits_ME, k, normalize)
     return weight_Mk.contiguous(), expert_Mk.contiguous()
+
+
+@router_topk.register_kernel("cuda")
+def _(logits_ME: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    _check(logits_ME, k)
+    if not served(logits_ME) or not logits_ME.numel() or logits_ME.shape[1] > MOST_EXPERTS or k > MOST_PICKS:
+        weight_Mk, expert_Mk = router_topk_reference(logits_ME, k, normalize)
+        return weight_Mk.contiguous(), expert_Mk.contiguous()
+    from wm_kernels.router_topk.triton_op import router_topk_triton
+
+    return router_topk_triton(logits_ME, k, normalize)
 
 
 @router_topk.register_fake

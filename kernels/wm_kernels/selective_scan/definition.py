@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from wm_kernels._registration import acc_dtype, check_dtype, check_shapes, spans
+from wm_kernels.triton_support import served
 
 SPAN_ELEMENTS = 2**18  # entries of one span's states: 1 MB in float32, so that a span's tensors stay in cache
 
@@ -118,6 +119,25 @@ def selective_scan(
     """See `selective_scan_reference`."""
     y_BTC, state = selective_scan_reference(x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, valid_B)
     return y_BTC.contiguous(), state.contiguous()
+
+
+@selective_scan.register_kernel("cuda")
+def _(
+    x_BTC: Tensor,
+    dt_BTC: Tensor,
+    A_CN: Tensor,
+    B_BTN: Tensor,
+    C_BTN: Tensor,
+    state_BCN: Tensor | None,
+    valid_B: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if not served(x_BTC, B_BTN, C_BTN):
+        y_BTC, state = selective_scan_reference(x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, valid_B)
+        return y_BTC.contiguous(), state.contiguous()
+    _check("selective_scan", x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, valid_B)
+    from wm_kernels.selective_scan.triton_op import selective_scan_triton
+
+    return selective_scan_triton(x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, valid_B)
 
 
 @selective_scan.register_fake
@@ -234,6 +254,24 @@ def selective_scan_(
     """`selective_scan` that writes the new state into `state_BCN`; see `selective_scan_reference`."""
     _check("selective_scan_", x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, valid_B)
     return _scan(x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, valid_B)[0].contiguous()
+
+
+@selective_scan_.register_kernel("cuda")
+def _(
+    x_BTC: Tensor,
+    dt_BTC: Tensor,
+    A_CN: Tensor,
+    B_BTN: Tensor,
+    C_BTN: Tensor,
+    state_BCN: Tensor,
+    valid_B: Tensor | None,
+) -> Tensor:
+    _check("selective_scan_", x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, valid_B)
+    if not served(x_BTC, B_BTN, C_BTN):
+        return _scan(x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, valid_B)[0].contiguous()
+    from wm_kernels.selective_scan.triton_op import selective_scan_triton
+
+    return selective_scan_triton(x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, valid_B, state_BCN)[0]
 
 
 @selective_scan_.register_fake

@@ -1,0 +1,172 @@
+"""Table, bars and plot of `benchmarks/kernels.py`, between two marks of docs/performance.md and in docs/kernels.svg."""
+
+from collections.abc import Iterable
+from html import escape
+from math import log10
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- kernels: begin; written by benchmarks/kernels.py -->", "<!-- kernels: end -->"
+Measured = dict[str, Any]
+
+
+def write(results: Measured, docs: Path) -> None:
+    """Replace what lies between the marks, or add them at the end; draw the plot."""
+    document = docs / "performance.md"
+    text = document.read_text(encoding="utf-8")
+    before, found, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2] if found else ""
+    before = before if found else f"{text.rstrip()}\n\n## CUDA kernels\n\n![Peers' times over ours](kernels.svg)\n\n"
+    document.write_text(f"{before}{BEGIN}\n\n{render(results)}\n\n{END}{after or chr(10)}", encoding="utf-8")
+    (docs / "kernels.svg").write_text(plot(results), encoding="utf-8")
+
+
+def line(found: Measured, rates: Measured) -> str:
+    """One case as a line of text."""
+    head = f"{found['op']} {found['case']} {found['dtype']}"
+    if "ours" not in found:
+        return f"{head}: WRONG, {found.get('reason') or format(found['error'], '.3g') + ' times its budget'}"
+    ours = found["ours"]["us"]
+    parts = [f"{name} {_over(row, ours)}" for name, row in found["peers"].items()]
+    graph = f", {found['ours']['graph_us']:.1f} in a graph" if found["ours"].get("graph_us") else ""
+    return f"{head}: {ours:.1f} us{graph}, {_share(found, rates)}; " + "; ".join(parts)
+
+
+def _over(row: Measured, ours: float) -> str:
+    return f"{row['us']:.1f} us = {row['us'] / ours:.2f} ×" if "us" in row else row["reason"]
+
+
+def _share(found: Measured, rates: Measured) -> str:
+    """Achieved bytes/s and FLOP/s over what the card does at best."""
+    seconds = found["ours"]["us"] * 1e-6
+    moved, done = found["bytes"] / seconds, found["flops"] / seconds
+    return f"{moved / 1e12:.2f} TB/s ({moved / rates['copy_bytes_s']:.0%}), {done / 1e12:.1f} TFLOP/s ({done / rates['matmul_flop_s']:.0%})"
+
+
+def render(results: Measured) -> str:
+    """Machine, table of cases, bars, peers that cannot run, as markdown."""
+    machine, rates = results["machine"], results["rates"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    head = f"{machine['date']}: {machine['device']}, {versions}. A copy moves {rates['copy_bytes_s'] / 1e12:.2f} TB/s (read and written), "
+    head += f"an 8192³ bf16 product does {rates['matmul_flop_s'] / 1e12:.0f} TFLOP/s."
+    return "\n\n".join([head, _cases(results), _bars(results), *_reasons(results)])
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> str:
+    first, *rest = rows
+    lines = [first, ("---", *("---:" for _ in first[1:])), *rest]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _cases(results: Measured) -> str:
+    rows = [("op, case, dtype", "µs", "in a graph", "launches", "first call, s", "extra MB", "achieved", "peers: µs (× ours)")]
+    for found in results["cases"]:
+        name = f"{found['op']}, {found['case']}, {found['dtype']}"
+        if "ours" not in found:
+            rows.append((name, "wrong", *("–",) * 6))
+            continue
+        ours = found["ours"]
+        peers = "<br>".join(f"{key} {row['us']:.0f} ({row['us'] / ours['us']:.2f})" for key, row in found["peers"].items() if "us" in row)
+        graph = f"{ours['graph_us']:.1f}" if ours.get("graph_us") else "–"
+        figures = (f"{ours['us']:.1f}", graph, str(found["launches"]), f"{ours['first_s']:.1f}", f"{ours['extra_bytes'] / 1e6:.1f}")
+        rows.append((name, *figures, _share(found, results["rates"]), peers or "–"))
+    return _table(rows)
+
+
+def bar(results: Measured, found: Measured, text: str) -> tuple[float | None, str]:
+    """(what was measured, ≥ or ≤) of one of a case's bars; None where it was not measured."""
+    ours, peers = found.get("ours"), found.get("peers", {})
+    if ours is None:
+        return None, "≥"
+    if text.startswith("× "):
+        times = [peers.get(name, {}).get("us") for name in text[2:].split(" + ")]
+        return (None if None in times else sum(times) / ours["us"]), "≥"
+    if text in ("copy rate", "matmul rate"):
+        key, limit = ("bytes", "copy_bytes_s") if text == "copy rate" else ("flops", "matmul_flop_s")
+        return found[key] / (ours["us"] * 1e-6) / results["rates"][limit], "≥"
+    if text.startswith("memory ÷ "):
+        other = peers.get(text.removeprefix("memory ÷ "), {}).get("extra_bytes")
+        return (ours["extra_bytes"] / other if other else None), "≤"
+    if text.startswith("time ÷ "):
+        key = (found["op"], text.removeprefix("time ÷ "), found["dtype"])
+        other = next(
+            (row["ours"]["us"] for row in results["cases"] if (row["op"], row["case"], row["dtype"]) == key and "ours" in row), None
+        )
+        return (ours["us"] / other if other else None), "≤"
+    if text == "launches":
+        return found["launches"], "≤"
+    raise ValueError(f"{found['op']} {found['case']}: no bar is called {text!r}")
+
+
+def _bars(results: Measured) -> str:
+    rows = [("bar", "measured", "limit", "met")]
+    for found in results["cases"]:
+        for text, limit in found["bars"].items():
+            value, sign = bar(results, found, text)
+            met = value is not None and (value >= limit if sign == "≥" else value <= limit)
+            shown = "not measured" if value is None else f"{value:.3g}"
+            rows.append(
+                (
+                    f"{found['op']}, {found['case']}: {text}",
+                    shown,
+                    f"{sign} {limit:g}",
+                    "–" if value is None else "yes" if met else "**no**",
+                )
+            )
+    return _table(rows)
+
+
+def _reasons(results: Measured) -> Iterable[str]:
+    reasons = {
+        f"{name} ({found['op']}): {row['reason']}"
+        for found in results["cases"]
+        for name, row in found.get("peers", {}).items()
+        if "reason" in row
+    }
+    if reasons:
+        yield "Peers that could not run:\n\n" + "\n".join(f"* {reason}" for reason in sorted(reasons))
+
+
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
+
+
+def plot(results: Measured) -> str:
+    """Peers' times over ours, a group of bars for each case, on a logarithmic axis, as SVG."""
+    groups = [
+        (f"{found['op']} {found['case']}", [(name, row["us"] / found["ours"]["us"]) for name, row in found["peers"].items() if "us" in row])
+        for found in results["cases"]
+        if "ours" in found
+    ]
+    groups = [(label, bars) for label, bars in groups if bars]
+    names = sorted({name for _, bars in groups for name, _ in bars})
+    colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    ratios = [ratio for _, bars in groups for _, ratio in bars] or [1.0]
+    low, high = min(-0.3, log10(min(ratios))), max(1.0, log10(max(ratios)))
+    left, width, thick, gap, top = 230, 560, 10, 8, 40 + 16 * len(names)
+
+    def across(ratio: float) -> float:
+        return left + width * (log10(ratio) - low) / (high - low)
+
+    parts, y = [], top
+    for label, bars in groups:
+        parts.append(f'<text x="{left - 8}" y="{y + thick * len(bars) / 2 + 4:.0f}" text-anchor="end">{escape(label)}</text>')
+        for name, ratio in bars:
+            start, end = sorted((across(1.0), across(ratio)))
+            parts.append(f'<rect x="{start:.1f}" y="{y}" width="{max(end - start, 1):.1f}" height="{thick - 1}" fill="{colour[name]}"/>')
+            parts.append(f'<text x="{end + 4:.1f}" y="{y + thick - 1}" font-size="9">{ratio:.2f}</text>')
+            y += thick
+        y += gap
+    ticks = [value for value in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low <= log10(value) <= high]
+    lines = [
+        f'<line x1="{across(v):.1f}" x2="{across(v):.1f}" y1="{top - 6}" y2="{y}" stroke="{"#000" if v == 1 else "#ccc"}"/>' for v in ticks
+    ]
+    marks = [f'<text x="{across(v):.1f}" y="{top - 10}" text-anchor="middle">{v:g}</text>' for v in ticks]
+    keys = [f'<rect x="{left}" y="{24 + 16 * i}" width="10" height="10" fill="{colour[name]}"/>' for i, name in enumerate(names)]
+    keys += [f'<text x="{left + 16}" y="{33 + 16 * i}">{escape(name)}</text>' for i, name in enumerate(names)]
+    title = '<text x="8" y="16" font-size="13">Time of a peer over ours (longer to the right is better)</text>'
+    style = f'xmlns="http://www.w3.org/2000/svg" width="{left + width + 60}" height="{y + 10}" font-family="sans-serif" font-size="11"'
+    return (
+        f"<svg {style}>\n"
+        + "\n".join(['<rect width="100%" height="100%" fill="#fff"/>', title, *keys, *lines, *marks, *parts])
+        + "\n</svg>\n"
+    )

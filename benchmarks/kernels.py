@@ -1,0 +1,146 @@
+"""Times every op's CUDA kernels beside their peers, in one process, after checking that they are right.
+
+    python benchmarks/kernels.py [--op ssd_scan ...] [--case M ...] [--peers eager ...] [--json PATH] [--write]
+
+Prints a table; --write puts it and a plot into docs/performance.md and docs/kernels.svg. A wrong result ends with exit code 1.
+"""
+
+import argparse
+import gc
+import inspect
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import _kernels_report
+import torch
+from _timing import graph_microseconds, microseconds
+from kernel_cases import Case, Inputs, all_cases
+
+ROOT = Path(__file__).parents[1]
+Measured = dict[str, Any]
+GRAPHED = 300.0  # microseconds: faster calls are also timed as a CUDA graph, without the host's part
+
+
+def rates() -> Measured:
+    """What the card does at best: bytes/s of a copy, read and written, and FLOP/s of a bf16 matrix product."""
+    source = torch.randn(2**29, device="cuda")
+    target = torch.empty_like(source)
+    copy = 2 * source.nbytes / microseconds(partial(target.copy_, source)) * 1e6
+    del source, target
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return {"copy_bytes_s": copy, "matmul_flop_s": 2 * 8192**3 / microseconds(lambda: a @ b) * 1e6}
+
+
+def extra_memory(call: Callable[[], Any]) -> int:
+    """Bytes of the device's memory at the worst moment of a call, beyond what was there before and what it returns."""
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    made = call()
+    peak = torch.cuda.max_memory_allocated()
+    tensors = [made] if isinstance(made, torch.Tensor) else [value for value in made or () if isinstance(value, torch.Tensor)]
+    returned = torch.cuda.memory_allocated() - before if tensors else 0
+    return max(0, peak - before - returned)
+
+
+def launches(call: Callable[[], Any]) -> int:
+    """Kernels that a call launches."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.count for event in trace.key_averages() if event.self_device_time_total > 0)
+
+
+def timed(call: Callable[[], Any]) -> Measured:
+    """First call, median, extra memory."""
+    begun = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    first = time.perf_counter() - begun
+    return {"us": microseconds(call), "first_s": first, "extra_bytes": extra_memory(call)}
+
+
+def peer(case: Case, name: str, inputs: Inputs) -> Measured:
+    """A peer's figures, or why it cannot run."""
+    torch._dynamo.reset()
+    try:
+        return timed(case.peers[name](inputs))
+    except Exception as error:  # whatever a peer raises is the answer
+        return {"reason": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"}
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def measure(case: Case, wanted: list[str]) -> Measured:
+    """Everything about one case."""
+    torch.manual_seed(0)
+    inputs = case.make()
+    begun = time.perf_counter()
+    found: Measured = {"op": case.op, "case": case.name, "dtype": case.dtype}
+    try:
+        found["error"] = error = case.oracle(inputs)
+    except Exception as failure:  # one op that fails must not hide the others
+        found |= {"error": (error := float("inf")), "reason": f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:160]}"}
+    found["checked_s"] = time.perf_counter() - begun
+    found |= {"bytes": case.bytes, "flops": case.flops, "bars": dict(case.bars)}
+    if not error <= 1:
+        return found
+    found |= {"ours": timed(lambda: case.ours(inputs)), "launches": launches(lambda: case.ours(inputs))}
+    if found["ours"]["us"] < GRAPHED:
+        found["ours"]["graph_us"] = graph_microseconds(lambda: case.ours(inputs))
+    found["peers"] = {name: peer(case, name, inputs) for name in case.peers if not wanted or name in wanted}
+    inputs.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return found
+
+
+def machine() -> Measured:
+    """What the figures were taken on."""
+    import triton
+
+    properties = torch.cuda.get_device_properties(0)
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": str(torch.version.cuda)}
+    return {
+        "device": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "versions": versions,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def main() -> int:
+    """Measure, print, and write if asked."""
+    parser = argparse.ArgumentParser(description=inspect.cleandoc(__doc__ or "").splitlines()[0])
+    parser.add_argument("--op", nargs="*", default=[], help="ops; default all")
+    parser.add_argument("--case", nargs="*", default=[], help="names of cases; default all")
+    parser.add_argument("--peers", nargs="*", default=[], help="names of peers; default all")
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/kernels.json", help="where the figures go, as they come in")
+    parser.add_argument("--write", action="store_true", help="write docs/performance.md and docs/kernels.svg too")
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("kernels.py: no CUDA device on this machine; nothing was measured")
+        return 0
+    results: Measured = {"machine": machine(), "rates": rates(), "cases": []}
+    wanted = [case for case in all_cases() if (not given.op or case.op in given.op) and (not given.case or case.name in given.case)]
+    for case in wanted:
+        results["cases"].append(measure(case, given.peers))
+        print(_kernels_report.line(results["cases"][-1], results["rates"]), flush=True)
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    print(_kernels_report.render(results))
+    if given.write:
+        _kernels_report.write(results, ROOT / "docs")
+    wrong = [found for found in results["cases"] if not found["error"] <= 1]
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,72 @@
+"""Launches of expert_mix. B batch, T tokens, M = B*T, D model, Q picks of one token, S slices of D."""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from wm_kernels.expert_mix.triton_kernel import expert_hidden_kernel, expert_inner_kernel, expert_outer_kernel
+from wm_kernels.triton_configs import config
+from wm_kernels.triton_launch import Launch, Plan, Scratch
+from wm_kernels.triton_support import blocks, dtype_name, power_of_two
+
+HIDDEN_BLOCK = 1024
+
+
+def regime(M: int) -> str:
+    """`few` tokens cannot fill the machine one each; of `some` the picks touch each expert less than about once; `many` share its rows."""
+    if M <= 32:
+        return "few"
+    return "some" if M <= 1024 else "many"
+
+
+@lru_cache(maxsize=1024)
+def plan(
+    B: int,
+    T: int,
+    D: int,
+    Q: int,
+    dtype: torch.dtype,
+    activation: str,
+    weight_inside: bool,
+    x_strides: tuple[int, int],
+    down_stride: int,
+    up_stride: int,
+    arch: str,
+    **override: Any,
+) -> Plan:
+    """Two launches, three where D is cut for the products with `down`; tensors x_BTD, expert_MQ, weight_MQ, down_ED, up_ED, y_MD."""
+    values = override or config("expert_mix", arch, dtype_name(dtype), regime(B * T), (("D", D), ("Q", Q)))
+    M, widest = B * T, power_of_two(D)
+    inner_D, outer_D = min(values["inner_D"], widest), min(values["outer_D"], widest)
+    S, picks = blocks(D, inner_D), min(values["picks"], power_of_two(Q))
+    scratch = {"hidden": Scratch((M, Q), torch.float32)}
+    if S > 1:
+        scratch["inner"] = Scratch((S, M, Q), torch.float32)
+    hidden = {"ACTIVATION": activation, "WEIGHT_INSIDE": weight_inside}
+    inner = Launch(
+        expert_inner_kernel,
+        (blocks(M, values["inner_tokens"]), S, blocks(Q, picks)),
+        ("x_BTD", "expert_MQ", "weight_MQ", "down_ED", "inner" if S > 1 else "hidden", M, T, *x_strides, down_stride),
+        {"D": D, "Q": Q, **hidden, "FINISH": S == 1, "TOKENS": values["inner_tokens"], "PICKS": picks}
+        | {"BLOCK_Q": min(values["inner_Q"], picks), "BLOCK_D": inner_D},
+        values["inner_warps"],
+        1,
+    )
+    finish = Launch(
+        expert_hidden_kernel,
+        (blocks(M * Q, HIDDEN_BLOCK),),
+        ("inner", "weight_MQ", "hidden", M * Q),
+        {"S": S, **hidden, "BLOCK": HIDDEN_BLOCK},
+        4,
+        1,
+    )
+    outer = Launch(
+        expert_outer_kernel,
+        (blocks(M, values["outer_tokens"]), blocks(D, outer_D)),
+        ("expert_MQ", "hidden", "up_ED", "y_MD", M, up_stride),
+        {"D": D, "Q": Q, "TOKENS": values["outer_tokens"], "BLOCK_Q": min(values["outer_Q"], power_of_two(Q)), "BLOCK_D": outer_D},
+        values["outer_warps"],
+        1,
+    )
+    return Plan((inner, finish, outer) if S > 1 else (inner, outer), scratch)

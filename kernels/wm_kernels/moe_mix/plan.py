@@ -1,0 +1,33 @@
+"""Launches around the grouped products of moe_mix. M tokens, k picks, N = M k, D model, I inner width."""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from wm_kernels.moe_mix.triton_kernel import moe_combine_kernel, moe_hidden_kernel
+from wm_kernels.triton_configs import config
+from wm_kernels.triton_launch import Launch, Plan
+from wm_kernels.triton_support import blocks, dtype_name, power_of_two
+
+
+@lru_cache(maxsize=1024)
+def hidden_plan(N: int, I: int, dtype: torch.dtype, gated: bool, has_bias: bool, activation: str, arch: str, **override: Any) -> Plan:
+    """One launch; tensors inner_NF, in_bias_EF, expert_N, hidden_NI."""
+    values = override or config("moe_mix", arch, dtype_name(dtype), "hidden", (("I", I),))
+    block_I = min(values["block"], power_of_two(I))
+    block_N = max(1, values["block"] // block_I)
+    constants = {"I": I, "GATED": gated, "HAS_BIAS": has_bias, "ACTIVATION": activation, "BLOCK_N": block_N, "BLOCK_I": block_I}
+    grid = (blocks(N, block_N), blocks(I, block_I))
+    arguments = ("inner_NF", "in_bias_EF", "expert_N", "hidden_NI", N)
+    return Plan((Launch(moe_hidden_kernel, grid, arguments, constants, values["num_warps"], 1),))
+
+
+@lru_cache(maxsize=1024)
+def combine_plan(M: int, k: int, D: int, dtype: torch.dtype, has_bias: bool, arch: str, **override: Any) -> Plan:
+    """One launch; tensors out_ND, out_bias_ED, expert_Mk, weight_Mk, place_Mk, y_MD."""
+    values = override or config("moe_mix", arch, dtype_name(dtype), "combine", (("D", D), ("k", k)))
+    block_D = min(values["block"], power_of_two(D))
+    constants = {"D": D, "k": k, "HAS_BIAS": has_bias, "BLOCK_D": block_D}
+    arguments = ("out_ND", "out_bias_ED", "expert_Mk", "weight_Mk", "place_Mk", "y_MD", M)
+    return Plan((Launch(moe_combine_kernel, (M, blocks(D, block_D)), arguments, constants, values["num_warps"], 1),))

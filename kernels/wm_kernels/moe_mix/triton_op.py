@@ -1,0 +1,68 @@
+"""`moe_mix` by torch's grouped matrix product, with Triton kernels between and after.
+
+M tokens   k picks   N = M k picks, sorted by expert   D model   E experts   I inner width   F rows of an expert's input matrix
+"""
+
+import torch
+from torch import Tensor
+
+from wm_kernels.moe_mix.plan import combine_plan, hidden_plan
+from wm_kernels.triton_launch import architecture, run
+
+MOST_GROUPS = 1023  # of torch's grouped product
+GROUPED_ALIGNMENT = 8  # entries: torch's grouped product wants rows of a multiple of 16 bytes
+
+
+def serves_grouped(x_MD: Tensor, out_EDI: Tensor) -> bool:
+    """Whether torch's grouped product is a kernel for these: bfloat16 on compute capability 9.0 or later, rows of whole 16 bytes."""
+    if x_MD.dtype != torch.bfloat16 or not hasattr(torch, "_grouped_mm") or out_EDI.shape[0] > MOST_GROUPS:
+        return False
+    aligned = out_EDI.shape[1] % GROUPED_ALIGNMENT == 0 and out_EDI.shape[2] % GROUPED_ALIGNMENT == 0
+    return aligned and torch.cuda.get_device_capability(x_MD.device) >= (9, 0)
+
+
+def moe_mix_grouped(
+    x_MD: Tensor,
+    expert_Mk: Tensor,
+    weight_Mk: Tensor,
+    in_EFD: Tensor,
+    in_bias_EF: Tensor | None,
+    out_EDI: Tensor,
+    out_bias_ED: Tensor | None,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    """See `moe_mix_reference`; nothing waits for the device. The hidden layer is rounded to the dtype of x before and after `act`."""
+    (M, k), (E, D, I) = expert_Mk.shape, out_EDI.shape
+    expert_N, pick_N = expert_Mk.flatten().sort(stable=True)
+    end_E = torch.searchsorted(expert_N, torch.arange(E, device=x_MD.device), right=True, out_int32=True)
+    inner_NF = grouped_product(x_MD[pick_N // k], in_EFD, end_E)
+    hidden_NI = torch.empty((M * k, I), dtype=x_MD.dtype, device=x_MD.device)
+    arch = architecture(x_MD.device)
+    tensors = {
+        "inner_NF": inner_NF,
+        "in_bias_EF": inner_NF if in_bias_EF is None else in_bias_EF.contiguous(),
+        "expert_N": expert_N,
+        "hidden_NI": hidden_NI,
+    }
+    run(hidden_plan(M * k, I, x_MD.dtype, gated, in_bias_EF is not None, activation, arch), tensors)
+    out_ND = grouped_product(hidden_NI, out_EDI, end_E)
+    place_Mk = torch.empty_like(pick_N).scatter_(0, pick_N, torch.arange(M * k, device=x_MD.device))
+    y_MD = torch.empty(x_MD.shape, dtype=x_MD.dtype, device=x_MD.device)
+    tensors = {
+        "out_ND": out_ND,
+        "out_bias_ED": out_ND if out_bias_ED is None else out_bias_ED.contiguous(),
+        "expert_Mk": expert_Mk.contiguous(),
+        "weight_Mk": weight_Mk.contiguous(),
+        "place_Mk": place_Mk,
+        "y_MD": y_MD,
+    }
+    run(combine_plan(M, k, D, x_MD.dtype, out_bias_ED is not None, arch), tensors)
+    return y_MD
+
+
+def grouped_product(rows_NA: Tensor, matrix_EBA: Tensor, end_E: Tensor) -> Tensor:
+    """The product of every row with the matrix of its group: rows end_E[e - 1] .. end_E[e] - 1 meet matrix e."""
+    matrix_EBA = matrix_EBA if matrix_EBA.stride(-1) == 1 else matrix_EBA.contiguous()
+    product: Tensor = torch._grouped_mm(rows_NA.contiguous(), matrix_EBA.transpose(1, 2), offs=end_E)
+    return product

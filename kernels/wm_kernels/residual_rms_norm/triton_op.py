@@ -1,0 +1,27 @@
+"""`residual_rms_norm` by a Triton kernel."""
+
+import torch
+from torch import Tensor
+
+from wm_kernels.residual_rms_norm.plan import plan
+from wm_kernels.triton_launch import architecture, run, strides
+from wm_kernels.triton_support import inner_contiguous
+
+
+def residual_rms_norm_triton(
+    x_MD: Tensor, residual_MD: Tensor, scale_D: Tensor | None, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """See `residual_rms_norm_reference`; float32, float16 or bfloat16. Rows whose entries do not follow each other are copied first."""
+    x_MD, residual_MD = inner_contiguous(x_MD), inner_contiguous(residual_MD)
+    normed_MD, sum_MD = (torch.empty(x_MD.shape, dtype=x_MD.dtype, device=x_MD.device) for _ in range(2))
+    made = plan(*x_MD.shape, x_MD.dtype, eps, scale_D is not None, strides(x_MD)[0], strides(residual_MD)[0], architecture(x_MD.device))
+    tensors = {
+        "x_MD": x_MD,
+        "residual_MD": residual_MD,
+        "scale_D": weight_D if scale_D is None else scale_D.contiguous(),
+        "weight_D": weight_D.contiguous(),
+        "normed_MD": normed_MD,
+        "sum_MD": sum_MD,
+    }
+    run(made, tensors)
+    return normed_MD, sum_MD

@@ -1,0 +1,122 @@
+"""Selective scan of Mamba-1. B batch, T tokens, C channels, N state, K chunks of tokens.
+
+    S_t = exp(dt_t A) * S_{t-1} + dt_t x_t ⊗ B_t        y_t = S_t C_t
+
+A program holds the states of BLOCK_C channels as [BLOCK_C, N], so that a thread has all N of a channel and sums over them by itself. The
+compiler would lay such a tile out by what lies side by side in memory, which differs from tensor to tensor, and move it between layouts at
+every token. ONE is the integer 1, but not known to the compiler: multiplied by it, no axis seems to lie side by side. For a single token
+the layout of memory is the better one, and STEP says so.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(do_not_specialize=["T", "CHUNK", "ONE"])
+def selective_scan_kernel(
+    x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, valid_B, before, y_BTC, after, total_BKC, T, CHUNK, ONE,
+    x_stride_B, x_stride_T, dt_stride_B, dt_stride_T, A_stride, B_stride_B, B_stride_T, C_stride_B, C_stride_T,
+    before_stride_B, before_stride_C, after_stride_B, after_stride_C,
+    C: tl.constexpr, N: tl.constexpr, HAS_VALID: tl.constexpr, HAS_STATE: tl.constexpr, PART: tl.constexpr,
+    STEP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """CHUNK tokens of BLOCK_C channels.
+
+    PART is "whole" where one chunk holds all tokens: from the state `before`, outputs and the state `after`. Otherwise it is "states", from
+    zero, where `after` is the chunk's own contribution [B, K, N, C] and the sum of its steps is kept, and then "outputs", where `before`
+    [B, K, N, C] holds the states at the chunks' beginnings.
+    """
+    one = 1 if STEP else ONE
+    b = tl.program_id(2).to(tl.int64)
+    chunk = tl.program_id(1)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    n = tl.arange(0, BLOCK_N)
+    in_C = c < C
+    in_N = n < N
+    inside = in_C[:, None] & in_N[None, :]
+    A = tl.load(A_CN + c[:, None] * A_stride + n[None, :] * one, mask=inside, other=0) * LOG2E
+    place = (b * tl.num_programs(1) + chunk) * N * C + n[None, :] * C + c[:, None] * one
+    state_at = before + b * before_stride_B + c[:, None] * before_stride_C + n[None, :] * one
+    if PART == "outputs":
+        state = tl.load(before + place, mask=inside, other=0)
+    elif PART == "whole" and HAS_STATE:
+        state = tl.load(state_at, mask=inside, other=0)
+    else:
+        state = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
+
+    first = chunk * CHUNK
+    end = tl.minimum(first + CHUNK, T)
+    count = tl.load(valid_B + b).to(tl.int32) if HAS_VALID else T
+    start = first.to(tl.int64)
+    x_at = x_BTC + b * x_stride_B + start * x_stride_T + c
+    dt_at = dt_BTC + b * dt_stride_B + start * dt_stride_T + c
+    B_at = B_BTN + b * B_stride_B + start * B_stride_T + n
+    C_at = C_BTN + b * C_stride_B + start * C_stride_T + n
+    y_at = y_BTC + (b * T + start) * C + c
+    # The next token is read before this one's output is written: the memory's delay passes during the arithmetic.
+    some = first < end
+    x_next = tl.load(x_at, mask=in_C & some, other=0)
+    dt_next = tl.load(dt_at, mask=in_C & some, other=0)
+    B_next = tl.load(B_at, mask=in_N & some, other=0)
+    C_next = tl.load(C_at, mask=in_N & some, other=0)
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    for t in range(first, end):
+        x, dt, B, read = x_next.to(tl.float32), dt_next, B_next.to(tl.float32), C_next.to(tl.float32)
+        more = t + 1 < end
+        x_at += x_stride_T
+        dt_at += dt_stride_T
+        B_at += B_stride_T
+        C_at += C_stride_T
+        x_next = tl.load(x_at, mask=in_C & more, other=0)
+        dt_next = tl.load(dt_at, mask=in_C & more, other=0)
+        B_next = tl.load(B_at, mask=in_N & more, other=0)
+        C_next = tl.load(C_at, mask=in_N & more, other=0)
+        dt = tl.where(t < count, dt, 0.0)
+        decay = tl.exp2(tl.minimum(dt[:, None] * A, 0.0))
+        state = decay * state + (dt * x)[:, None] * B[None, :]
+        if PART == "states":
+            total += dt
+        else:
+            y = tl.sum(state * read[None, :], 1)
+            tl.store(y_at, y.to(y_BTC.dtype.element_ty), mask=in_C)
+            y_at += C
+    if PART == "states":
+        tl.store(after + place, state, mask=inside)
+        tl.store(total_BKC + (b * tl.num_programs(1) + chunk) * C + c, total, mask=in_C)
+    elif PART == "whole":
+        tl.debug_barrier()  # every thread has read the state before one writes it
+        tl.store(after + b * after_stride_B + c[:, None] * after_stride_C + n[None, :] * one, state, mask=inside)
+
+
+@triton.jit(do_not_specialize=["K", "ONE"])
+def selective_scan_carry_kernel(
+    A_CN, before, states_BKNC, total_BKC, after, K, ONE, A_stride, before_stride_B, before_stride_C, after_stride_B, after_stride_C,
+    C: tl.constexpr, N: tl.constexpr, HAS_STATE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Replace every chunk's contribution by the state at its beginning, and write the state after the last chunk."""
+    b = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    n = tl.arange(0, BLOCK_N)
+    in_C = c < C
+    inside = in_C[:, None] & (n < N)[None, :]
+    A = tl.load(A_CN + c[:, None] * A_stride + n[None, :] * ONE, mask=inside, other=0) * LOG2E
+    if HAS_STATE:
+        state = tl.load(before + b * before_stride_B + c[:, None] * before_stride_C + n[None, :] * ONE, mask=inside, other=0)
+    else:
+        state = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
+    place = states_BKNC + b * K * N * C + n[None, :] * C + c[:, None] * ONE
+    total_at = total_BKC + b * K * C + c
+    own_next = tl.load(place, mask=inside, other=0)
+    total_next = tl.load(total_at, mask=in_C, other=0)
+    for chunk in range(K):
+        own, total = own_next, total_next
+        total_at += C
+        own_next = tl.load(place + N * C, mask=inside & (chunk + 1 < K), other=0)
+        total_next = tl.load(total_at, mask=in_C & (chunk + 1 < K), other=0)
+        tl.store(place, state, mask=inside)
+        state = tl.exp2(tl.minimum(total[:, None] * A, 0.0)) * state + own
+        place += N * C
+    tl.debug_barrier()  # every thread has read the state before one writes it
+    tl.store(after + b * after_stride_B + c[:, None] * after_stride_C + n[None, :] * ONE, state, mask=inside)

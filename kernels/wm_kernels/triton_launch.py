@@ -1,0 +1,95 @@
+"""Launches of Triton kernels as plain data: eager calls, the interpreter and ahead-of-time compilation share one plan per op.
+
+An op's `plan.py` says which kernels run on which grids with which arguments; it sees sizes, strides and dtypes, never tensors. Tensors are
+named in a plan, so that one that is computed for a call can as well be compiled for a GPU that is not here, or written down as data.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch.
+
+    Attributes:
+        kernel: a `triton.jit` function. Its parameters are pointers and integers, then constants.
+        grid: programs along each axis; one that is 0 launches nothing.
+        arguments: in the kernel's order, the name of a tensor or an integer.
+        constants: `tl.constexpr` parameters by name.
+        num_warps: warps of a program.
+        num_stages: depth of software pipelines.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[str | int, ...]
+    constants: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Memory that lives as long as one call: contiguous, with or without zeros in it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    zeroed: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The launches of one call, in order, and the scratch that they share."""
+
+    launches: tuple[Launch, ...]
+    scratch: Mapping[str, Scratch] = field(default_factory=lambda: MappingProxyType({}))
+
+
+def run(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+    """Launch a plan on the device of its tensors.
+
+    Args:
+        plan: what to launch.
+        tensors: inputs and outputs by their names in the plan; at least one. Optional ones that are absent are not named in it.
+    """
+    device = next(iter(tensors.values())).device
+    named = dict(tensors)
+    for name, wanted in plan.scratch.items():
+        make = torch.zeros if wanted.zeroed else torch.empty
+        named[name] = make(wanted.shape, dtype=wanted.dtype, device=device)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            _launch(plan, named)
+    else:
+        _launch(plan, named)
+
+
+def _launch(plan: Plan, named: Mapping[str, Tensor]) -> None:
+    for launch in plan.launches:
+        if 0 in launch.grid:
+            continue
+        arguments = [named[value] if isinstance(value, str) else value for value in launch.arguments]
+        launch.kernel[launch.grid](*arguments, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages)
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """What configurations are looked up by: `sm_90` of a CUDA device, `interpreter` of any other."""
+    if device.type != "cuda":
+        return "interpreter"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def strides(tensor: Tensor) -> tuple[int, ...]:
+    """Strides in elements, those of axes of size 1 as 0: no kernel is compiled again because of them."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

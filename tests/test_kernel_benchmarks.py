@@ -1,0 +1,98 @@
+"""The cases of benchmarks/kernels.py, and its table: every bar is about something that is measured."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    """Import a benchmark's module by name; they lie outside the packages."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module
+    for name in [name for name in sys.modules if name.split(".")[0] in ("_kernels_report", "kernel_cases")]:
+        sys.modules.pop(name)
+
+
+def figures(us, extra=0):
+    return {"us": us, "first_s": 1.0, "extra_bytes": extra}
+
+
+def results(**case):
+    measured = {"op": "a", "case": "M", "dtype": "bfloat16", "error": 0.2, "bytes": 3e8, "flops": 7e10, "bars": {}, "launches": 2}
+    measured |= {
+        "ours": figures(100.0, 10),
+        "peers": {"p": figures(300.0, 1000), "part": figures(50.0), "gone": {"reason": "ImportError: no"}},
+    }
+    machine = {"device": "X", "versions": {"torch": "2"}, "date": "D"}
+    return {"machine": machine, "rates": {"copy_bytes_s": 3e12, "matmul_flop_s": 7e14}, "cases": [measured | case]}
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "sign"),
+    [
+        ("× p", 3.0, "≥"),
+        ("× p + part", 3.5, "≥"),
+        ("× gone", None, "≥"),
+        ("copy rate", 1.0, "≥"),
+        ("matmul rate", 1.0, "≥"),
+        ("memory ÷ p", 0.01, "≤"),
+        ("time ÷ M", 1.0, "≤"),
+        ("time ÷ N", None, "≤"),
+        ("launches", 2, "≤"),
+    ],
+)
+def test_a_bar_is_what_its_text_says(modules, text, value, sign):
+    found = results()
+    measured = modules("_kernels_report").bar(found, found["cases"][0], text)
+    assert measured == (pytest.approx(value) if value is not None else None, sign)
+
+
+def test_the_report_says_what_failed_and_what_could_not_run(modules, tmp_path):
+    report = modules("_kernels_report")
+    document = tmp_path / "performance.md"
+    document.write_text("# Performance\n\nBefore.\n", encoding="utf-8")
+    report.write(results(bars={"× p": 4.0, "launches": 2}), tmp_path)
+    first = document.read_text(encoding="utf-8")
+    assert first.startswith("# Performance\n\nBefore.\n")
+    assert "| a, M: × p | 3 | ≥ 4 | **no** |" in first
+    assert "| a, M: launches | 2 | ≤ 2 | yes |" in first
+    assert "* gone (a): ImportError: no" in first
+    assert "3.00</text>" in (tmp_path / "kernels.svg").read_text(encoding="utf-8")
+    # A wrong result has no times, and what was written before is replaced.
+    wrong = results(error=float("inf"), reason="OutOfResources: shared memory")
+    for name in ("ours", "peers", "launches"):
+        wrong["cases"][0].pop(name)
+    report.write(wrong, tmp_path)
+    second = document.read_text(encoding="utf-8")
+    assert "| a, M, bfloat16 | wrong |" in second
+    assert "gone" not in second
+    assert second.count(report.BEGIN) == 1
+    assert "OutOfResources" in report.line(wrong["cases"][0], wrong["rates"])
+
+
+def test_every_bar_of_a_case_names_something_measured(modules):
+    report, cases = modules("_kernels_report"), modules("kernel_cases").all_cases()
+    assert len({(case.op, case.name, case.dtype) for case in cases}) == len(cases)
+    for case in cases:
+        peers = {name: figures(1.0, 1) for name in case.peers}
+        found = results(op=case.op, case=case.name, dtype=case.dtype, bytes=case.bytes, flops=case.flops, peers=peers, bars=dict(case.bars))
+        for text, limit in case.bars.items():
+            value, _ = report.bar(found, found["cases"][0], text)
+            assert value is not None or text.startswith("time ÷ "), f"{case.op} {case.name}: {text} names no peer of the case"
+            assert limit > 0
+
+
+def test_spaces_start_from_all_values_and_try_only_those(modules):
+    from importlib.resources import files
+
+    for space in modules("kernel_cases").all_spaces():
+        names = {name for group in space.groups for values in group for name in values}
+        assert names <= set(space.start)
+        table = json.loads(files("wm_kernels").joinpath(space.case.op, "triton_configs.json").read_text(encoding="utf-8"))
+        assert all(set(row["values"]) == set(space.start) for row in table), space.case.op
