@@ -1,0 +1,115 @@
+"""Launches of attention over contiguous cells.
+
+B batch   T tokens   H query heads   K kv heads   G = H/K   A score heads   P head dimension   L cells
+"""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from wm_kernels.attention import triton_kernel as kernels
+from wm_kernels.triton_configs import config
+from wm_kernels.triton_launch import Launch, Plan, Scratch
+
+Strides = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def power_of_2(n: int) -> int:
+    """The least power of 2 that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def block_of(size: int) -> int:
+    """A tile's length along an axis that a product sums over: at least 16."""
+    return max(16, power_of_2(size))
+
+
+def regime(T: int, G: int, cached: bool) -> str:
+    """`shares` for a few tokens over a cache, whose cells are then split among programs; otherwise `cells`."""
+    return "shares" if cached and T * G <= 64 else "cells"
+
+
+def shares_of(programs: int, wanted: int, most: int) -> int:
+    """Into how many shares, a power of 2, work of so many programs is cut to make at least `wanted`."""
+    shares = 1
+    while programs * shares < wanted and shares * 2 <= most:
+        shares *= 2
+    return shares
+
+
+@lru_cache(maxsize=1024)
+def plan(
+    B: int, T: int, H: int, K: int, A: int, P: int, L: int, scoring: str, cached: bool, dtype: torch.dtype, arch: str, strides: Strides
+) -> Plan:
+    """Attention to cells 0 .. position + t, or 0 .. t without a cache.
+
+    Args:
+        B: rows.
+        T: tokens.
+        H: query heads.
+        K: kv heads, a divisor of H.
+        A: score heads, a divisor of H; any where scoring is "none".
+        P: head dimension.
+        L: cells; T without a cache.
+        scoring: "none", "additive" or "binary".
+        cached: whether there is a position; without one, row b's first query sees cell 0 alone.
+        dtype: of q, k and v.
+        arch: see `triton_launch.architecture`.
+        strides: in elements, of q_BTHP, k_BLKP, v_BLKP and score_BAL, axes in the order of these names; P's stride is 1.
+    """
+    G = H // K
+    chosen = regime(T, G, cached)
+    values = config("attention", arch, str(dtype).removeprefix("torch."), chosen, (("P", P), ("G", G)))
+    build = _shares if chosen == "shares" else _cells
+    return build(B, T, H, K, A, P, L, scoring, cached, values, dict(strides))
+
+
+def _outer(strides: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    return *strides["q"][:3], *strides["k"][:3], *strides["v"][:3], *strides.get("score", (0, 0, 0))
+
+
+def _tensors(scoring: str, cached: bool) -> tuple[str, ...]:
+    # What is not there is named after another tensor; no kernel reads it.
+    return "q", "k", "v", "score" if scoring != "none" else "q", "position" if cached else "q"
+
+
+def _cells(
+    B: int, T: int, H: int, K: int, A: int, P: int, L: int, scoring: str, cached: bool, values: Mapping[str, Any],
+    strides: Mapping[str, tuple[int, ...]]
+) -> Plan:  # fmt: skip
+    G, R = H // K, values["BLOCK_R"]
+    heads = min(G, R)
+    queries = R // heads
+    constants = {
+        "H": H, "K": K, "A": A, "P": P, "BLOCK_P": block_of(P), "HEADS": heads, "QUERIES": queries, "BLOCK_R": R, "BLOCK_N": values["BLOCK_N"],
+        "SCALE": P**-0.5, "SCORING": scoring, "HAS_POSITION": cached,
+    }  # fmt: skip
+    grid = (-(-T // queries), K * -(-G // heads), B)
+    arguments = (*_tensors(scoring, cached), "out", *_outer(strides), T, L)
+    return Plan((Launch(kernels.attend_cells, grid, arguments, constants, values["num_warps"], values["num_stages"]),))
+
+
+def _shares(
+    B: int, T: int, H: int, K: int, A: int, P: int, L: int, scoring: str, cached: bool, values: Mapping[str, Any],
+    strides: Mapping[str, tuple[int, ...]]
+) -> Plan:  # fmt: skip
+    G, N = H // K, values["BLOCK_N"]
+    R = block_of(T * G)
+    shares = shares_of(B * K, values["programs"], max(1, L // N))
+    dims = {"H": H, "K": K, "P": P, "BLOCK_P": block_of(P), "BLOCK_R": R}
+    partial = Launch(
+        kernels.attend_some_cells,
+        (shares, K, B),
+        (*_tensors(scoring, cached), "acc", "tops", *_outer(strides), T, L),
+        {**dims, "A": A, "BLOCK_N": N, "SCALE": P**-0.5, "SCORING": scoring},
+        values["num_warps"],
+        values["num_stages"],
+    )
+    combine = Launch(kernels.combine_shares, (T, H, B), ("acc", "tops", "out", T), {**dims, "SHARES": shares}, 4, 1)
+    scratch = {
+        "acc": Scratch((B, K, shares, R, P), torch.float32),
+        "tops": Scratch((B, K, shares, 2, R), torch.float32),
+    }
+    return Plan((partial, combine), scratch)

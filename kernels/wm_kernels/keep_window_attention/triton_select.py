@@ -1,0 +1,267 @@
+"""Which keys are kept for which queries: ranks, thresholds at chunk boundaries, lists of live keys, and the slots after the call.
+
+Candidates are the slots and then the tokens, in this order. A rank is a number of 63 bits that orders them by larger score, then later
+position; 0 is no key. The kept keys of a prefix are those that reach its threshold, and a key that has left never returns, so that
+each block of queries needs the keys that are live at its start and those of its own that enter.
+
+B batch   T tokens   K kv heads   P head dimension   W window   S slots given, W or 0   C = S + T candidates
+Q queries of a block (LISTED of them)   E = 2 LISTED entries of keys that enter or leave within the block
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rank_of(score, position):
+    """63 bits: 32 of the score in ascending order, 31 of the position."""
+    score = tl.where(score == 0.0, 0.0, score)  # -0.0 equals 0.0
+    bits = score.to(tl.int32, bitcast=True)
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    order = tl.where(score != score, 0x7F800001, order)  # NaN comes first, as in a sort
+    rank = ((order.to(tl.int64) + 2147483648) << 31) | (position.to(tl.int64) + 1)
+    return tl.where(position < 0, 0, rank)
+
+
+@triton.jit
+def score_of(rank):
+    """The score of a rank, but that -0.0 is 0.0."""
+    order = ((rank >> 31) - 2147483648).to(tl.int32)
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["T"])
+def rank_candidates(
+    score, slot_score, slot_position, position, valid, rank,
+    score_b, score_t, score_k, slot_score_b, slot_score_k, slot_score_w, slot_position_b, slot_position_k, slot_position_w, T,
+    K: tl.constexpr, S: tl.constexpr, HAS_VALID: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """rank_BKC of slots and tokens; tokens that do not count are no keys. Grid: (ceil(C / BLOCK), K, B)."""
+    b, kv = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    c = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    t = c - S
+    count, first = T, 0
+    if HAS_VALID:
+        count = tl.minimum(T, tl.load(valid + b)).to(tl.int32)
+    if S > 0:
+        first = tl.load(position + b)
+    value = tl.load(score + b * score_b + kv * score_k + t * score_t, mask=(t >= 0) & (t < T), other=0.0)
+    found = rank_of(value, tl.where((t >= 0) & (t < count), first + t, -1))
+    if S > 0:
+        is_slot = c < S
+        slot_value = tl.load(slot_score + b * slot_score_b + kv * slot_score_k + c * slot_score_w, mask=is_slot, other=0.0)
+        slot_place = tl.load(slot_position + b * slot_position_b + kv * slot_position_k + c * slot_position_w, mask=is_slot, other=-1)
+        found = tl.where(is_slot, rank_of(slot_value, slot_place), found)
+    tl.store(rank + (b * K + kv) * (S + T) + c, found, mask=c < S + T)
+
+
+@triton.jit
+def _digits(rank, high, LOW: tl.constexpr):
+    """The 32 bits searched for: of the score, or, among ranks of the score `high`, of the position."""
+    if LOW:
+        return tl.where((rank >> 31) == high, (rank & 0x7FFFFFFF).to(tl.int32), -1)
+    else:
+        return ((rank >> 31) - 2147483648).to(tl.int32)
+
+
+@triton.jit
+def _tally(a, b, c, d, x, low, shift):
+    """Count those that reach low + i 2^shift, i = 1 .. 7, in halves of 16 bits."""
+    step = (tl.full((), 1, tl.int32) << shift).to(tl.int32)
+    a += (x >= low + step).to(tl.int32) + tl.where(x >= low + 2 * step, 65536, 0)
+    b += (x >= low + 3 * step).to(tl.int32) + tl.where(x >= low + 4 * step, 65536, 0)
+    c += (x >= low + 5 * step).to(tl.int32) + tl.where(x >= low + 6 * step, 65536, 0)
+    d += (x >= low + 7 * step).to(tl.int32)
+    return a, b, c, d
+
+
+@triton.jit
+def _total(halves):
+    return tl.sum((halves & 0xFFFF).to(tl.int64) + ((halves >> 16).to(tl.int64) << 32), 0)
+
+
+@triton.jit
+def _take(found, reach, above, count, step, need):
+    """Move up to a pivot that enough ranks reach; `above` is how many reach the next one."""
+    enough = count >= need
+    return found + tl.where(enough, step, 0), tl.where(enough, count, reach), tl.where(enough, above, tl.maximum(above, count))
+
+
+@triton.jit
+def _search(rank, listed, n_listed, start, end, need, reach, high, LOW: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest value that at least `need` candidates reach, or the first one found that exactly `need` reach; (value, reach, above)."""
+    lane = tl.arange(0, BLOCK)
+    found = tl.full((), 0 if LOW else -2147483648, tl.int32)
+    above = tl.full((), 0, tl.int64)
+    shift = tl.full((), 28 if LOW else 29, tl.int32)
+    while (shift >= 0) & (reach > need):
+        a = tl.zeros((BLOCK,), tl.int32)
+        b, c, d = a, a, a
+        for n in range(0, n_listed, BLOCK):
+            index = tl.load(listed + n + lane, mask=n + lane < n_listed, other=0)
+            x = tl.load(rank + index, mask=n + lane < n_listed, other=0)
+            a, b, c, d = _tally(a, b, c, d, _digits(x, high, LOW), found, shift)
+        for n in range(start, end, BLOCK):
+            x = tl.load(rank + n + lane, mask=n + lane < end, other=0)
+            a, b, c, d = _tally(a, b, c, d, _digits(x, high, LOW), found, shift)
+        ab, cd, ef, g = _total(a), _total(b), _total(c), _total(d)
+        step = (tl.full((), 1, tl.int32) << shift).to(tl.int32)
+        found, reach, above = _take(found, reach, above, ab & 0xFFFFFFFF, step, need)
+        found, reach, above = _take(found, reach, above, ab >> 32, step, need)
+        found, reach, above = _take(found, reach, above, cd & 0xFFFFFFFF, step, need)
+        found, reach, above = _take(found, reach, above, cd >> 32, step, need)
+        found, reach, above = _take(found, reach, above, ef & 0xFFFFFFFF, step, need)
+        found, reach, above = _take(found, reach, above, ef >> 32, step, need)
+        found, reach, above = _take(found, reach, above, g, step, need)
+        # The last pass looks at bits that the one before it has fixed in part.
+        shift = tl.where(shift > 0, tl.maximum(shift - 3, 0), -1)
+    return found, reach, above
+
+
+@triton.jit
+def threshold_of(rank, listed, n_listed, start, end, W: tl.constexpr, BLOCK: tl.constexpr):
+    """A rank that exactly min(W, n) of n candidates reach: those of a list and those from `start` to `end` - 1."""
+    lane = tl.arange(0, BLOCK)
+    some = tl.zeros((BLOCK,), tl.int32)
+    for n in range(0, n_listed, BLOCK):
+        index = tl.load(listed + n + lane, mask=n + lane < n_listed, other=0)
+        some += (tl.load(rank + index, mask=n + lane < n_listed, other=0) > 0).to(tl.int32)
+    for n in range(start, end, BLOCK):
+        some += (tl.load(rank + n + lane, mask=n + lane < end, other=0) > 0).to(tl.int32)
+    reach = tl.sum(some.to(tl.int64), 0)
+    need = tl.full((), W, tl.int64)
+    least = tl.full((), 1, tl.int64)
+    if reach > need:
+        high, reach, above = _search(rank, listed, n_listed, start, end, need, reach, least, False, BLOCK)
+        top = high.to(tl.int64) + 2147483648
+        least = top << 31
+        if reach > need:
+            # Several keys have the score of the threshold: the latest of them are kept.
+            low, _, _ = _search(rank, listed, n_listed, start, end, need - above, reach - above, top, True, BLOCK)
+            least = (top << 31) | low.to(tl.int64)
+    return least
+
+
+@triton.jit
+def _live_chunk(rank, live, threshold, end, W: tl.constexpr, BLOCK: tl.constexpr):
+    """Store the candidates before `end` that reach the threshold, in order; their number."""
+    lane = tl.arange(0, BLOCK)
+    count = 0
+    for n in range(0, end, BLOCK):
+        ok = tl.load(rank + n + lane, mask=n + lane < end, other=0) >= threshold
+        place = count + tl.cumsum(ok.to(tl.int32), 0) - 1
+        tl.store(live + place, n + lane, mask=ok & (place < W))
+        count += tl.sum(ok.to(tl.int32), 0)
+    return tl.minimum(count, W)
+
+
+@triton.jit(do_not_specialize=["C", "CHUNKS"])
+def live_at_chunks(
+    rank, live, live_count, threshold, C, CHUNKS,
+    K: tl.constexpr, W: tl.constexpr, S: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The keys kept before each chunk of CHUNK tokens, and after the last. Grid: (CHUNKS + 1, K, B).
+
+    live is [B, K, CHUNKS + 1, W], live_count and threshold [B, K, CHUNKS + 1].
+    """
+    chunk = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
+    row = tl.program_id(2).to(tl.int64) * K + tl.program_id(1)
+    place = row * (CHUNKS + 1) + chunk
+    rank += row * C
+    end = tl.minimum(C, S + chunk * CHUNK)
+    least = threshold_of(rank, live, 0, 0, end, W, BLOCK)
+    count = _live_chunk(rank, live + place * W, least, end, W, BLOCK)
+    tl.store(live_count + place, count)
+    tl.store(threshold + place, least)
+
+
+@triton.jit
+def _list_some(
+    index, rank, enters, at_start, at_end, n_part, n_whole, entry, bias, W: tl.constexpr, E: tl.constexpr
+):  # fmt: skip
+    """Append candidates to the two parts of a list: those that enter or leave within the block, and those kept throughout."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    live = rank >= at_start
+    whole = live & (rank >= at_end) & (enters == 0)
+    part = live & ((rank < at_end) | (enters != 0))
+    place = tl.where(whole, E + n_whole + tl.cumsum(whole.to(tl.int32), 0) - 1, n_part + tl.cumsum(part.to(tl.int32), 0) - 1)
+    ok = (whole & (place < E + W)) | (part & (place < E))
+    tl.store(entry + place, index, mask=ok)
+    tl.store(bias + place, score_of(rank) * LOG2E, mask=ok)
+    return n_part + tl.sum(part.to(tl.int32), 0), n_whole + tl.sum(whole.to(tl.int32), 0)
+
+
+@triton.jit(do_not_specialize=["C", "CHUNKS"])
+def list_live_keys(
+    rank, live, live_count, entry, bias, leaves, count, C, CHUNKS,
+    K: tl.constexpr, W: tl.constexpr, S: tl.constexpr, CHUNK: tl.constexpr, LISTED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The keys that the queries of a block see. Grid: (blocks, K, B).
+
+    entry and bias are [B, K, blocks, E + W]: from 0 on, keys seen by some of the queries, leaves [B, K, blocks, E] being the query before
+    which each leaves; from E on, keys seen by all. count is [B, K, blocks, 2]: the numbers of both. bias is the score times log2(e).
+    """
+    E: tl.constexpr = 2 * LISTED
+    block = tl.program_id(0)
+    row = tl.program_id(2).to(tl.int64) * K + tl.program_id(1)
+    chunk = block * LISTED // CHUNK
+    from_chunk = row * (CHUNKS + 1) + chunk
+    to = row * tl.num_programs(0) + block
+    rank += row * C
+    live += from_chunk * W
+    entry += to * (E + W)
+    bias += to * (E + W)
+    leaves += to * E
+    n_live = tl.load(live_count + from_chunk)
+    start = S + chunk * CHUNK
+    first = S + block * LISTED
+    end = tl.minimum(C, first + LISTED)
+    at_start, at_end = tl.full((), 1, tl.int64), tl.full((), 1, tl.int64)
+    for time in range(2):  # a loop, so that the search is compiled once
+        at_start = at_end
+        at_end = threshold_of(rank, live, n_live, start, tl.where(time == 0, first, end), W, BLOCK)
+
+    lane = tl.arange(0, BLOCK)
+    n_part, n_whole = 0, 0
+    for n in range(0, n_live, BLOCK):
+        index = tl.load(live + n + lane, mask=n + lane < n_live, other=0)
+        found = tl.load(rank + index, mask=n + lane < n_live, other=0)
+        n_part, n_whole = _list_some(index, found, lane * 0, at_start, at_end, n_part, n_whole, entry, bias, W, E)
+    for n in range(start, end, BLOCK):
+        index = n + lane
+        found = tl.load(rank + index, mask=index < end, other=0)
+        enters = (index >= first).to(tl.int32)
+        n_part, n_whole = _list_some(index, found, enters, at_start, at_end, n_part, n_whole, entry, bias, W, E)
+    n_part, n_whole = tl.minimum(n_part, E), tl.minimum(n_whole, W)
+    tl.store(count + to * 2, n_part)
+    tl.store(count + to * 2 + 1, n_whole)
+    tl.debug_barrier()  # entries are read again, by other threads
+
+    q_Q = tl.arange(0, BLOCK_Q)
+    rank_Q = tl.load(rank + first + q_Q, mask=(q_Q < LISTED) & (first + q_Q < end), other=0)
+    for d in range(0, n_part, BLOCK_D):
+        d_D = d + tl.arange(0, BLOCK_D)
+        rank_D = tl.load(rank + tl.load(entry + d_D, mask=d_D < n_part, other=0), mask=d_D < n_part, other=0)
+        # Keys that were kept at the start and are no better: they are all in this part, since whoever a leaving key beats leaves before it.
+        worse_D = tl.zeros((BLOCK_D,), tl.int32)
+        for e in range(0, n_part, BLOCK_D):
+            e_D = e + tl.arange(0, BLOCK_D)
+            index_D = tl.load(entry + e_D, mask=e_D < n_part, other=C)
+            other_D = tl.load(rank + index_D, mask=index_D < first, other=9223372036854775807)
+            worse_D += tl.sum((other_D[None, :] <= rank_D[:, None]).to(tl.int32), 1)
+        room_D = W - tl.minimum(W, n_whole + _count_before(entry, n_part, first, BLOCK_D)) + worse_D
+        better_DQ = (rank_Q[None, :] > rank_D[:, None]).to(tl.int32)
+        stays_DQ = tl.cumsum(better_DQ, 1) < room_D[:, None]
+        leaves_D = tl.where(rank_D >= at_end, BLOCK_Q, tl.sum(stays_DQ.to(tl.int32), 1))
+        tl.store(leaves + d_D, leaves_D, mask=d_D < n_part)
+
+
+@triton.jit
+def _count_before(entry, n_part, first, BLOCK: tl.constexpr):
+    """How many entries of the first part were candidates before the block."""
+    lane = tl.arange(0, BLOCK)
+    some = tl.zeros((BLOCK,), tl.int32)
+    for n in range(0, n_part, BLOCK):
+        some += (tl.load(entry + n + lane, mask=n + lane < n_part, other=first) < first).to(tl.int32)
+    return tl.sum(some, 0)
