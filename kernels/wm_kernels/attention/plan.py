@@ -12,18 +12,20 @@ import torch
 from wm_kernels.attention import triton_kernel as kernels
 from wm_kernels.triton_configs import config
 from wm_kernels.triton_launch import Launch, Plan, Scratch
+from wm_kernels.triton_support import blocks, dtype_name, power_of_two
 
 Strides = tuple[tuple[str, tuple[int, ...]], ...]
 
 
-def power_of_2(n: int) -> int:
-    """The least power of 2 that is at least n."""
-    return 1 << max(0, n - 1).bit_length()
-
-
 def block_of(size: int) -> int:
     """A tile's length along an axis that a product sums over: at least 16."""
-    return max(16, power_of_2(size))
+    return max(16, power_of_two(size))
+
+
+def fitted(values: Mapping[str, Any], P: int) -> dict[str, Any]:
+    """The values of a row, whose tiles are meant for P <= 128, with smaller tiles for wider heads."""
+    wider = max(1, block_of(P) // 128)
+    return {name: max(16, value // wider) if name in ("BLOCK_R", "BLOCK_N") else value for name, value in values.items()}
 
 
 def regime(T: int, G: int, cached: bool) -> str:
@@ -61,7 +63,7 @@ def plan(
     """
     G = H // K
     chosen = regime(T, G, cached)
-    values = config("attention", arch, str(dtype).removeprefix("torch."), chosen, (("P", P), ("G", G)))
+    values = fitted(config("attention", arch, dtype_name(dtype), chosen, (("P", P), ("G", G))), P)
     build = _shares if chosen == "shares" else _cells
     return build(B, T, H, K, A, P, L, scoring, cached, values, dict(strides))
 
@@ -70,7 +72,7 @@ def _outer(strides: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     return *strides["q"][:3], *strides["k"][:3], *strides["v"][:3], *strides.get("score", (0, 0, 0))
 
 
-def _tensors(scoring: str, cached: bool) -> tuple[str, ...]:
+def _tensors(scoring: str, cached: bool) -> tuple[str, str, str, str, str]:
     # What is not there is named after another tensor; no kernel reads it.
     return "q", "k", "v", "score" if scoring != "none" else "q", "position" if cached else "q"
 
@@ -83,11 +85,11 @@ def _cells(
     heads = min(G, R)
     queries = R // heads
     constants = {
-        "H": H, "K": K, "A": A, "P": P, "BLOCK_P": block_of(P), "HEADS": heads, "QUERIES": queries, "BLOCK_R": R, "BLOCK_N": values["BLOCK_N"],
-        "SCALE": P**-0.5, "SCORING": scoring, "HAS_POSITION": cached,
+        "H": H, "K": K, "A": A, "P": P, "BLOCK_P": block_of(P), "HEADS": heads, "QUERIES": queries, "BLOCK_R": R,
+        "BLOCK_N": values["BLOCK_N"], "SCALE": P**-0.5, "SCORING": scoring, "HAS_POSITION": cached,
     }  # fmt: skip
-    grid = (-(-T // queries), K * -(-G // heads), B)
-    arguments = (*_tensors(scoring, cached), "out", *_outer(strides), T, L)
+    grid = (blocks(T, queries), K * blocks(G, heads), B)
+    arguments: tuple[str | int, ...] = (*_tensors(scoring, cached), "out", *_outer(strides), T, L)
     return Plan((Launch(kernels.attend_cells, grid, arguments, constants, values["num_warps"], values["num_stages"]),))
 
 

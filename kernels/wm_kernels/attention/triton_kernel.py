@@ -16,7 +16,11 @@ def fold(acc_RP, best_R, total_R, logit_RN, v_NP):
     base_R = tl.where(new_best_R == float("-inf"), 0.0, new_best_R)
     weight_RN = tl.exp2(logit_RN - base_R[:, None])
     fade_R = tl.exp2(best_R - base_R)
-    acc_RP = tl.dot(weight_RN.to(v_NP.dtype), v_NP, acc_RP * fade_R[:, None], input_precision="ieee")
+    if v_NP.dtype == tl.float32:
+        # Summed by tile first: one long sum of float32 products in order would lose bits.
+        acc_RP = acc_RP * fade_R[:, None] + tl.dot(weight_RN, v_NP, input_precision="ieee")
+    else:
+        acc_RP = tl.dot(weight_RN.to(v_NP.dtype), v_NP, acc_RP * fade_R[:, None])
     return acc_RP, new_best_R, total_R * fade_R + tl.sum(weight_RN, 1)
 
 
@@ -39,8 +43,9 @@ def normalized(acc_RP, total_R):
 
 @triton.jit
 def _fold_cells(
-    acc_RP, best_R, total_R, q_RP, k, v, score, score_row_R, last_R, start, end, k_n, v_n, score_n, SCALE: tl.constexpr, SCORING: tl.constexpr,
-    PER_ROW: tl.constexpr, MASKED: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr
+    acc_RP, best_R, total_R, q_RP, k, v, score, score_row_R, last_R, start, end, k_n, v_n, score_n,
+    SCALE: tl.constexpr, SCORING: tl.constexpr, PER_ROW: tl.constexpr, MASKED: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Cells start .. end - 1; unless MASKED, all of them are seen by every row and fill whole tiles."""
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -104,7 +109,7 @@ def attend_cells(
     v += b * v_b + kv64 * v_k
     score += b * score_b
     PER_ROW: tl.constexpr = (A > K) or (K % A != 0)
-    score_row_R = h_R // (H // A) * score_a.to(tl.int64)
+    score_row_R = h_R.to(tl.int64) // (H // A) * score_a
     if not PER_ROW:
         score += kv64 // (K // A) * score_a
 
@@ -169,8 +174,8 @@ def attend_some_cells(
     best_R = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     total_R = tl.zeros((BLOCK_R,), tl.float32)
     acc_RP, best_R, total_R = _fold_cells(
-        acc_RP, best_R, total_R, q_RP, k, v, score, score_row_R, seen + t_R, start, end, k_n, v_n, score_n, SCALE, SCORING, PER_ROW, True, P,
-        BLOCK_P, BLOCK_N
+        acc_RP, best_R, total_R, q_RP, k, v, score, score_row_R, seen + t_R, start, end, k_n, v_n, score_n, SCALE, SCORING, PER_ROW, True,
+        P, BLOCK_P, BLOCK_N
     )  # fmt: skip
     store_partial(acc, tops, acc_RP, best_R, total_R, (b * K + kv) * shares + share, P, BLOCK_P, BLOCK_R)
 

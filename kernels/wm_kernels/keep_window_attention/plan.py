@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from wm_kernels.attention.plan import Strides, block_of, power_of_2, shares_of
+from wm_kernels.attention.plan import Strides, block_of, fitted, shares_of
 from wm_kernels.attention.plan import plan as plan_cells
 from wm_kernels.keep_window_attention import triton_kernel as kernels
 from wm_kernels.keep_window_attention import triton_select as select
 from wm_kernels.triton_configs import config
 from wm_kernels.triton_launch import Launch, Plan, Scratch
+from wm_kernels.triton_support import blocks, dtype_name, power_of_two
 
 SLOTS = ("slot_k", "slot_v", "slot_score", "slot_position")
 NEW_SLOTS = ("new_k", "new_v", "new_score", "new_position")
@@ -72,7 +73,8 @@ def plan(call: Call) -> Plan:
     chosen = regime(call.T, call.W, call.slots)
     if chosen == "causal":
         return _causal(call)
-    values = config("keep_window_attention", call.arch, str(call.dtype).removeprefix("torch."), chosen, (("P", call.P), ("G", call.H // call.K)))
+    dims = (("P", call.P), ("G", call.H // call.K))
+    values = fitted(config("keep_window_attention", call.arch, dtype_name(call.dtype), chosen, dims), call.P)
     return _step(call, values) if chosen == "step" else _listed(call, values)
 
 
@@ -93,7 +95,7 @@ def _step(call: Call, values: Mapping[str, Any]) -> Plan:
     tensors = ("k", "v", "score", *SLOTS, "position")
     dims = {"H": H, "K": K, "P": P, "BLOCK_P": block_of(P), "SHARES": shares, "BLOCK_R": R}
     of_step = {
-        "W": W, "HAS_VALID": call.valid, "BLOCK_N": values["BLOCK_N"], "BLOCK_W": min(values["BLOCK_W"], power_of_2(W)), "SCALE": P**-0.5,
+        "W": W, "HAS_VALID": call.valid, "BLOCK_N": values["BLOCK_N"], "BLOCK_W": min(values["BLOCK_W"], power_of_two(W)), "SCALE": P**-0.5,
         "STAGES": values["num_stages"],
     }  # fmt: skip
     partial = ("acc", "tops", "choice") if shares > 1 else ("out", "out", "out")
@@ -133,11 +135,12 @@ def _blocks(call: Call, values: Mapping[str, Any]) -> _Blocks:
     queries = min(values["BLOCK_R"] // heads, values["listed"])
     listed = values["listed"] // queries * queries
     chunk = listed * values["lists_of_chunk"]
-    return _Blocks(heads, queries, listed, chunk, -(-call.T // listed), -(-call.T // chunk))
+    return _Blocks(heads, queries, listed, chunk, blocks(call.T, listed), blocks(call.T, chunk))
 
 
 def _listed(call: Call, values: Mapping[str, Any]) -> Plan:
     B, K, W, C, of = call.B, call.K, call.W, call.S + call.T, _blocks(call, values)
+    entries = 2 * of.listed + blocks(W, values["BLOCK_N"]) * values["BLOCK_N"]
     launches = [_rank(call, values), *_select(call, of, values), _attend(call, of, values)]
     if call.slots:
         launches.append(_refill(call, of, values))
@@ -146,10 +149,12 @@ def _listed(call: Call, values: Mapping[str, Any]) -> Plan:
         "live": Scratch((B, K, of.chunks + 1, W), torch.int32),
         "live_count": Scratch((B, K, of.chunks + 1), torch.int32),
         "threshold": Scratch((B, K, of.chunks + 1), torch.int64),
-        "entry": Scratch((B, K, of.blocks, 2 * of.listed + W), torch.int32),
-        "bias": Scratch((B, K, of.blocks, 2 * of.listed + W), torch.float32),
+        "entry": Scratch((B, K, of.blocks, entries), torch.int32),
+        "bias": Scratch((B, K, of.blocks, entries), torch.float32),
         "leaves": Scratch((B, K, of.blocks, 2 * of.listed), torch.int32),
         "count": Scratch((B, K, of.blocks, 2), torch.int32),
+        "open_rank": Scratch((B, K, of.blocks, of.chunk), torch.int64),
+        "open_index": Scratch((B, K, of.blocks, of.chunk), torch.int32),
     }
     return Plan(tuple(launches), scratch)
 
@@ -160,7 +165,7 @@ def _rank(call: Call, values: Mapping[str, Any]) -> Launch:
     slot_strides = (*strides["slot_score"], *strides["slot_position"]) if call.slots else (0,) * 6
     return Launch(
         select.rank_candidates,
-        (-(-C // block), call.K, call.B),
+        (blocks(C, block), call.K, call.B),
         ("score", *slots, "valid" if call.valid else "rank", "rank", *strides["score"], *slot_strides, call.T),
         {"K": call.K, "S": call.S, "HAS_VALID": call.valid, "BLOCK": block},
     )
@@ -172,15 +177,22 @@ def _select(call: Call, of: _Blocks, values: Mapping[str, Any]) -> tuple[Launch,
         select.live_at_chunks,
         (of.chunks + 1, call.K, call.B),
         ("rank", "live", "live_count", "threshold", C, of.chunks),
-        {**dims, "BLOCK": values["BLOCK_C"]},
+        {**dims, "BLOCK": values["BLOCK_C"], "STAGES": values["select_stages"]},
         values["select_warps"],
         1,
     )
     lists = Launch(
         select.list_live_keys,
         (of.blocks, call.K, call.B),
-        ("rank", "live", "live_count", "entry", "bias", "leaves", "count", C, of.chunks),
-        {**dims, "LISTED": of.listed, "BLOCK_Q": power_of_2(of.listed), "BLOCK": values["BLOCK_L"], "BLOCK_D": values["BLOCK_D"]},
+        ("rank", "live", "live_count", "threshold", "entry", "bias", "leaves", "count", "open_rank", "open_index", C, of.chunks),
+        {
+            **dims,
+            "LISTED": of.listed,
+            "BLOCK_Q": power_of_two(of.listed),
+            "BLOCK": values["BLOCK_L"],
+            "BLOCK_D": values["BLOCK_D"],
+            "BLOCK_N": values["BLOCK_N"],
+        },
         values["list_warps"],
         1,
     )
@@ -196,21 +208,23 @@ def _attend(call: Call, of: _Blocks, values: Mapping[str, Any]) -> Launch:
     }  # fmt: skip
     tensors = ("q", "k", "v", *(SLOTS[:2] if call.slots else "kv"), "entry", "bias", "leaves", "count", "out")
     outer = (*strides["q"][:3], *strides["k"][:3], *strides["v"][:3], *slot_strides)
-    grid = (-(-call.T // of.queries), K * -(-call.H // K // of.heads), call.B)
+    grid = (blocks(call.T, of.queries), K * blocks(call.H // K, of.heads), call.B)
     return Launch(
-        kernels.attend_listed, grid, (*tensors, *outer, call.T, of.blocks), constants, values["num_warps"], values["num_stages"]
+        kernels.attend_listed,
+        grid,
+        (*tensors, *outer, call.T, of.blocks),
+        constants,
+        values["num_warps"],
+        values["num_stages"],
+        values.get("max_registers"),
     )
 
 
 def _refill(call: Call, of: _Blocks, values: Mapping[str, Any]) -> Launch:
     strides = dict(call.strides)
     new = SLOTS if call.in_place else NEW_SLOTS
-    outer = tuple(
-        stride
-        for name in ("k", "v", "score", *SLOTS, *new)
-        for stride in strides[name][:3]
-    )  # fmt: skip
+    outer = tuple(stride for name in ("k", "v", "score", *SLOTS, *new) for stride in strides[name][:3])
     tensors = ("k", "v", "score", *SLOTS, "position", "rank", "live", "live_count", "threshold", *new)
     constants = {"K": call.K, "P": call.P, "BLOCK_P": block_of(call.P), "W": call.W, "IN_PLACE": call.in_place, "BLOCK": values["BLOCK_S"]}
-    grid = (-(-call.W // values["BLOCK_S"]), call.K, call.B)
+    grid = (blocks(call.W, values["BLOCK_S"]), call.K, call.B)
     return Launch(kernels.refill_slots, grid, (*tensors, *outer, call.S + call.T, of.chunks), constants)

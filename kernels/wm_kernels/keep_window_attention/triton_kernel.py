@@ -13,7 +13,7 @@ from wm_kernels.keep_window_attention.triton_select import rank_of
 
 
 @triton.jit
-def _gather(slots, tokens, index_N, slot_w, token_t, ok_N, S: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr):
+def _gather(slots, tokens, index_N, slot_w, token_t, S: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr):
     """Rows of candidates, from the slots or from the tokens."""
     p_P = tl.arange(0, BLOCK_P)
     t_N = (index_N - S).to(tl.int64)
@@ -21,9 +21,9 @@ def _gather(slots, tokens, index_N, slot_w, token_t, ok_N, S: tl.constexpr, P: t
     if S > 0:
         at = tl.where((index_N < S)[:, None], slots + index_N.to(tl.int64)[:, None] * slot_w + p_P[None, :], at)
     if P == BLOCK_P:
-        return tl.load(at, mask=ok_N[:, None], other=0.0)
+        return tl.load(at)
     else:
-        return tl.load(at, mask=ok_N[:, None] & (p_P < P)[None, :], other=0.0)
+        return tl.load(at, mask=(p_P < P)[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=["T", "BLOCKS"])
@@ -38,6 +38,7 @@ def attend_listed(
     G: tl.constexpr = H // K
     PARTS: tl.constexpr = (G + HEADS - 1) // HEADS
     E: tl.constexpr = 2 * LISTED
+    EACH: tl.constexpr = E + (W + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     t0 = tl.program_id(0) * QUERIES
     b = tl.program_id(2).to(tl.int64)
     kv = (tl.program_id(1) // PARTS).to(tl.int64)
@@ -48,8 +49,8 @@ def attend_listed(
     ok_R = (row_R < QUERIES * HEADS) & (t_R < T) & (g_R < G)
     h_R = kv * G + tl.minimum(g_R, G - 1)
     at = (b * K + kv) * BLOCKS + block
-    entry += at * (E + W)
-    bias += at * (E + W)
+    entry += at * EACH
+    bias += at * EACH
     leaves += at * E
     n_part, n_whole = tl.load(count + at * 2), tl.load(count + at * 2 + 1)
     k += b * k_b + kv * k_k
@@ -64,20 +65,19 @@ def attend_listed(
     lane_N = tl.arange(0, BLOCK_N)
     for n in tl.range(0, n_part, BLOCK_N, num_stages=1):
         ok_N = n + lane_N < n_part
-        index_N = tl.load(entry + n + lane_N, mask=ok_N, other=0)
+        index_N = tl.load(entry + n + lane_N, mask=ok_N, other=S + block * LISTED)
         bias_N = tl.load(bias + n + lane_N, mask=ok_N, other=float("-inf"))
         leaves_N = tl.load(leaves + n + lane_N, mask=ok_N, other=0) + block * LISTED
-        k_NP = _gather(slot_k, k, index_N, slot_k_w, k_t, ok_N, S, P, BLOCK_P)
-        v_NP = _gather(slot_v, v, index_N, slot_v_w, v_t, ok_N, S, P, BLOCK_P)
+        k_NP = _gather(slot_k, k, index_N, slot_k_w, k_t, S, P, BLOCK_P)
+        v_NP = _gather(slot_v, v, index_N, slot_v_w, v_t, S, P, BLOCK_P)
         logit_RN = tl.dot(q_RP, tl.trans(k_NP), input_precision="ieee") * (SCALE * LOG2E) + bias_N[None, :]
         seen_RN = (index_N[None, :] - S <= t_R[:, None]) & (t_R[:, None] < leaves_N[None, :])
         acc_RP, best_R, total_R = fold(acc_RP, best_R, total_R, tl.where(seen_RN, logit_RN, float("-inf")), v_NP)
     for n in tl.range(0, n_whole, BLOCK_N, num_stages=STAGES):
-        ok_N = n + lane_N < n_whole
-        index_N = tl.load(entry + E + n + lane_N, mask=ok_N, other=0)
-        bias_N = tl.load(bias + E + n + lane_N, mask=ok_N, other=float("-inf"))
-        k_NP = _gather(slot_k, k, index_N, slot_k_w, k_t, ok_N, S, P, BLOCK_P)
-        v_NP = _gather(slot_v, v, index_N, slot_v_w, v_t, ok_N, S, P, BLOCK_P)
+        index_N = tl.load(entry + E + n + lane_N)
+        bias_N = tl.load(bias + E + n + lane_N)
+        k_NP = _gather(slot_k, k, index_N, slot_k_w, k_t, S, P, BLOCK_P)
+        v_NP = _gather(slot_v, v, index_N, slot_v_w, v_t, S, P, BLOCK_P)
         logit_RN = tl.dot(q_RP, tl.trans(k_NP), input_precision="ieee") * (SCALE * LOG2E) + bias_N[None, :]
         acc_RP, best_R, total_R = fold(acc_RP, best_R, total_R, logit_RN, v_NP)
     store_rows(out, normalized(acc_RP, total_R), b, t_R, h_R, ok_R, T, H, P, BLOCK_P)
@@ -85,7 +85,8 @@ def attend_listed(
 
 @triton.jit(do_not_specialize=["C", "CHUNKS"])
 def refill_slots(
-    k, v, score, slot_k, slot_v, slot_score, slot_position, position, rank, live, live_count, threshold, new_k, new_v, new_score, new_position,
+    k, v, score, slot_k, slot_v, slot_score, slot_position, position, rank, live, live_count, threshold, new_k, new_v, new_score,
+    new_position,
     k_b, k_t, k_k, v_b, v_t, v_k, score_b, score_t, score_k,
     slot_k_b, slot_k_k, slot_k_w, slot_v_b, slot_v_k, slot_v_w, slot_score_b, slot_score_k, slot_score_w, slot_position_b, slot_position_k,
     slot_position_w, new_k_b, new_k_k, new_k_w, new_v_b, new_v_k, new_v_w, new_score_b, new_score_k, new_score_w, new_position_b,
@@ -176,8 +177,8 @@ def attend_slots(
     q, k, v, score, slot_k, slot_v, slot_score, slot_position, position, valid, out, acc, tops, choice,
     q_b, q_h, k_b, k_k, v_b, v_k, score_b, score_k, slot_k_b, slot_k_k, slot_k_w, slot_v_b, slot_v_k, slot_v_w,
     slot_score_b, slot_score_k, slot_score_w, slot_position_b, slot_position_k, slot_position_w,
-    H: tl.constexpr, K: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, W: tl.constexpr, HAS_VALID: tl.constexpr, SHARES: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, SCALE: tl.constexpr, STAGES: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, W: tl.constexpr, HAS_VALID: tl.constexpr,
+    SHARES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, SCALE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One token against one share of the slots: its own key replaces the worst one if it beats it. Grid: (SHARES, K, B).
 

@@ -8,13 +8,9 @@ from torch import Tensor
 
 from wm_kernels.keep_window_attention.plan import NEW_SLOTS, SLOTS, Call, plan
 from wm_kernels.triton_launch import architecture, run, strides
+from wm_kernels.triton_support import inner_contiguous
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor, copied only where its last axis is not contiguous."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def keep_window_attention_triton(
@@ -32,11 +28,11 @@ def keep_window_attention_triton(
 
     Any outer strides are read and written as they are; tensors whose last axis is not contiguous are copied.
     """
-    tensors = {"q": _rows(q_BTHP), "k": _rows(k_BTKP), "v": _rows(v_BTKP), "score": score_BTK}
+    tensors = {"q": inner_contiguous(q_BTHP), "k": inner_contiguous(k_BTKP), "v": inner_contiguous(v_BTKP), "score": score_BTK}
     step = q_BTHP.shape[1] == 1
     new: State | None = None
     if slots is not None and position_B is not None:
-        given: State = (_rows(slots[0]), _rows(slots[1]), slots[2], slots[3])
+        given: State = (inner_contiguous(slots[0]), inner_contiguous(slots[1]), slots[2], slots[3])
         if step and not in_place:
             given = _copies(slots)
         tensors |= {**dict(zip(SLOTS, given, strict=True)), "position": position_B.contiguous()}

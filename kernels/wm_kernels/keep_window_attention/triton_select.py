@@ -88,8 +88,8 @@ def _take(found, reach, above, count, step, need):
 
 
 @triton.jit
-def _search(rank, listed, n_listed, start, end, need, reach, high, LOW: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest value that at least `need` candidates reach, or the first one found that exactly `need` reach; (value, reach, above)."""
+def _search(rank, end, need, reach, high, LOW: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """The largest value that at least `need` ranks reach, or one found sooner that exactly `need` reach; with its and the next's reach."""
     lane = tl.arange(0, BLOCK)
     found = tl.full((), 0 if LOW else -2147483648, tl.int32)
     above = tl.full((), 0, tl.int64)
@@ -97,11 +97,7 @@ def _search(rank, listed, n_listed, start, end, need, reach, high, LOW: tl.const
     while (shift >= 0) & (reach > need):
         a = tl.zeros((BLOCK,), tl.int32)
         b, c, d = a, a, a
-        for n in range(0, n_listed, BLOCK):
-            index = tl.load(listed + n + lane, mask=n + lane < n_listed, other=0)
-            x = tl.load(rank + index, mask=n + lane < n_listed, other=0)
-            a, b, c, d = _tally(a, b, c, d, _digits(x, high, LOW), found, shift)
-        for n in range(start, end, BLOCK):
+        for n in tl.range(0, end, BLOCK, num_stages=STAGES):
             x = tl.load(rank + n + lane, mask=n + lane < end, other=0)
             a, b, c, d = _tally(a, b, c, d, _digits(x, high, LOW), found, shift)
         ab, cd, ef, g = _total(a), _total(b), _total(c), _total(d)
@@ -119,27 +115,24 @@ def _search(rank, listed, n_listed, start, end, need, reach, high, LOW: tl.const
 
 
 @triton.jit
-def threshold_of(rank, listed, n_listed, start, end, W: tl.constexpr, BLOCK: tl.constexpr):
-    """A rank that exactly min(W, n) of n candidates reach: those of a list and those from `start` to `end` - 1."""
+def threshold_of(rank, end, need, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """A rank that exactly min(need, n) of the n keys among the first `end` ranks reach."""
     lane = tl.arange(0, BLOCK)
     some = tl.zeros((BLOCK,), tl.int32)
-    for n in range(0, n_listed, BLOCK):
-        index = tl.load(listed + n + lane, mask=n + lane < n_listed, other=0)
-        some += (tl.load(rank + index, mask=n + lane < n_listed, other=0) > 0).to(tl.int32)
-    for n in range(start, end, BLOCK):
+    for n in tl.range(0, end, BLOCK, num_stages=STAGES):
         some += (tl.load(rank + n + lane, mask=n + lane < end, other=0) > 0).to(tl.int32)
     reach = tl.sum(some.to(tl.int64), 0)
-    need = tl.full((), W, tl.int64)
+    need = need.to(tl.int64)
     least = tl.full((), 1, tl.int64)
-    if reach > need:
-        high, reach, above = _search(rank, listed, n_listed, start, end, need, reach, least, False, BLOCK)
+    if (reach > need) & (need > 0):
+        high, reach, above = _search(rank, end, need, reach, least, False, BLOCK, STAGES)
         top = high.to(tl.int64) + 2147483648
         least = top << 31
         if reach > need:
             # Several keys have the score of the threshold: the latest of them are kept.
-            low, _, _ = _search(rank, listed, n_listed, start, end, need - above, reach - above, top, True, BLOCK)
+            low, _, _ = _search(rank, end, need - above, reach - above, top, True, BLOCK, STAGES)
             least = (top << 31) | low.to(tl.int64)
-    return least
+    return tl.where(need > 0, least, 9223372036854775807)
 
 
 @triton.jit
@@ -158,7 +151,7 @@ def _live_chunk(rank, live, threshold, end, W: tl.constexpr, BLOCK: tl.constexpr
 @triton.jit(do_not_specialize=["C", "CHUNKS"])
 def live_at_chunks(
     rank, live, live_count, threshold, C, CHUNKS,
-    K: tl.constexpr, W: tl.constexpr, S: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, W: tl.constexpr, S: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The keys kept before each chunk of CHUNK tokens, and after the last. Grid: (CHUNKS + 1, K, B).
 
@@ -169,40 +162,48 @@ def live_at_chunks(
     place = row * (CHUNKS + 1) + chunk
     rank += row * C
     end = tl.minimum(C, S + chunk * CHUNK)
-    least = threshold_of(rank, live, 0, 0, end, W, BLOCK)
+    least = threshold_of(rank, end, tl.full((), W, tl.int64), BLOCK, STAGES)
     count = _live_chunk(rank, live + place * W, least, end, W, BLOCK)
     tl.store(live_count + place, count)
     tl.store(threshold + place, least)
 
 
 @triton.jit
-def _list_some(
-    index, rank, enters, at_start, at_end, n_part, n_whole, entry, bias, W: tl.constexpr, E: tl.constexpr
+def _split_sure(
+    index, rank, first, low, high, n_part, n_whole, n_open, entry, bias, open_rank, open_index,
+    W: tl.constexpr, E: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """Append candidates to the two parts of a list: those that enter or leave within the block, and those kept throughout."""
+    """Append candidates that are kept to the chunk's end to the list, and those that may leave within the chunk to the open ones."""
     LOG2E: tl.constexpr = 1.4426950408889634
-    live = rank >= at_start
-    whole = live & (rank >= at_end) & (enters == 0)
-    part = live & ((rank < at_end) | (enters != 0))
+    whole, part = (rank >= high) & (index < first), (rank >= high) & (index >= first)
     place = tl.where(whole, E + n_whole + tl.cumsum(whole.to(tl.int32), 0) - 1, n_part + tl.cumsum(part.to(tl.int32), 0) - 1)
     ok = (whole & (place < E + W)) | (part & (place < E))
     tl.store(entry + place, index, mask=ok)
     tl.store(bias + place, score_of(rank) * LOG2E, mask=ok)
-    return n_part + tl.sum(part.to(tl.int32), 0), n_whole + tl.sum(whole.to(tl.int32), 0)
+    opens = (rank >= low) & (rank < high)
+    at = n_open + tl.cumsum(opens.to(tl.int32), 0) - 1
+    tl.store(open_rank + at, rank, mask=opens & (at < CHUNK))
+    tl.store(open_index + at, index, mask=opens & (at < CHUNK))
+    n_part += tl.sum(part.to(tl.int32), 0)
+    n_whole += tl.sum(whole.to(tl.int32), 0)
+    return n_part, n_whole, n_open + tl.sum(opens.to(tl.int32), 0), tl.sum((opens & (index < first)).to(tl.int32), 0)
 
 
 @triton.jit(do_not_specialize=["C", "CHUNKS"])
 def list_live_keys(
-    rank, live, live_count, entry, bias, leaves, count, C, CHUNKS,
-    K: tl.constexpr, W: tl.constexpr, S: tl.constexpr, CHUNK: tl.constexpr, LISTED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    rank, live, live_count, threshold, entry, bias, leaves, count, open_rank, open_index, C, CHUNKS,
+    K: tl.constexpr, W: tl.constexpr, S: tl.constexpr, CHUNK: tl.constexpr, LISTED: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The keys that the queries of a block see. Grid: (blocks, K, B).
 
-    entry and bias are [B, K, blocks, E + W]: from 0 on, keys seen by some of the queries, leaves [B, K, blocks, E] being the query before
-    which each leaves; from E on, keys seen by all. count is [B, K, blocks, 2]: the numbers of both. bias is the score times log2(e).
+    entry and bias are [B, K, blocks, E + W rounded up to BLOCK_N]: from 0 on, keys seen by some of the queries, leaves [B, K, blocks, E]
+    being the query before which each leaves; from E on, keys seen by all, filled up to a multiple of BLOCK_N with keys of bias -inf.
+    count is [B, K, blocks, 2]: the numbers of both. bias is the score times log2(e). open_rank and open_index are [B, K, blocks, CHUNK].
     """
+    LOG2E: tl.constexpr = 1.4426950408889634
     E: tl.constexpr = 2 * LISTED
+    EACH: tl.constexpr = E + (W + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     block = tl.program_id(0)
     row = tl.program_id(2).to(tl.int64) * K + tl.program_id(1)
     chunk = block * LISTED // CHUNK
@@ -210,36 +211,65 @@ def list_live_keys(
     to = row * tl.num_programs(0) + block
     rank += row * C
     live += from_chunk * W
-    entry += to * (E + W)
-    bias += to * (E + W)
+    entry += to * EACH
+    bias += to * EACH
     leaves += to * E
+    open_rank += to * CHUNK
+    open_index += to * CHUNK
     n_live = tl.load(live_count + from_chunk)
     start = S + chunk * CHUNK
     first = S + block * LISTED
     end = tl.minimum(C, first + LISTED)
-    at_start, at_end = tl.full((), 1, tl.int64), tl.full((), 1, tl.int64)
-    for time in range(2):  # a loop, so that the search is compiled once
-        at_start = at_end
-        at_end = threshold_of(rank, live, n_live, start, tl.where(time == 0, first, end), W, BLOCK)
+    # Between the thresholds of the chunk's two ends lie the few keys whose fate within the chunk is open.
+    low, high = tl.load(threshold + from_chunk), tl.load(threshold + from_chunk + 1)
 
     lane = tl.arange(0, BLOCK)
-    n_part, n_whole = 0, 0
+    n_part, n_whole, n_open, n_open_before = 0, 0, 0, 0
     for n in range(0, n_live, BLOCK):
         index = tl.load(live + n + lane, mask=n + lane < n_live, other=0)
         found = tl.load(rank + index, mask=n + lane < n_live, other=0)
-        n_part, n_whole = _list_some(index, found, lane * 0, at_start, at_end, n_part, n_whole, entry, bias, W, E)
+        n_part, n_whole, n_open, before = _split_sure(
+            index, found, first, low, high, n_part, n_whole, n_open, entry, bias, open_rank, open_index, W, E, CHUNK
+        )
+        n_open_before += before
     for n in range(start, end, BLOCK):
-        index = n + lane
-        found = tl.load(rank + index, mask=index < end, other=0)
-        enters = (index >= first).to(tl.int32)
-        n_part, n_whole = _list_some(index, found, enters, at_start, at_end, n_part, n_whole, entry, bias, W, E)
+        found = tl.load(rank + n + lane, mask=n + lane < end, other=0)
+        n_part, n_whole, n_open, before = _split_sure(
+            n + lane, found, first, low, high, n_part, n_whole, n_open, entry, bias, open_rank, open_index, W, E, CHUNK
+        )
+        n_open_before += before
+    n_open = tl.minimum(n_open, CHUNK)
+    tl.debug_barrier()  # open keys are read by other threads
+
+    at_start, at_end = low, low
+    for time in range(2):  # a loop, so that the search is compiled once
+        at_start = at_end
+        sure = n_whole + tl.where(time == 0, 0, n_part)
+        at_end = tl.minimum(high, threshold_of(open_rank, tl.where(time == 0, n_open_before, n_open), W - sure, BLOCK, 1))
+    for n in range(0, n_open, BLOCK):
+        index = tl.load(open_index + n + lane, mask=n + lane < n_open, other=0)
+        found = tl.load(open_rank + n + lane, mask=n + lane < n_open, other=0)
+        alive = found >= at_start
+        whole = alive & (found >= at_end) & (index < first)
+        part = alive & ((found < at_end) | (index >= first))
+        place = tl.where(whole, E + n_whole + tl.cumsum(whole.to(tl.int32), 0) - 1, n_part + tl.cumsum(part.to(tl.int32), 0) - 1)
+        ok = (whole & (place < E + W)) | (part & (place < E))
+        tl.store(entry + place, index, mask=ok)
+        tl.store(bias + place, score_of(found) * LOG2E, mask=ok)
+        n_part += tl.sum(part.to(tl.int32), 0)
+        n_whole += tl.sum(whole.to(tl.int32), 0)
     n_part, n_whole = tl.minimum(n_part, E), tl.minimum(n_whole, W)
     tl.store(count + to * 2, n_part)
     tl.store(count + to * 2 + 1, n_whole)
+    fill_N = n_whole + tl.arange(0, BLOCK_N)
+    filled_N = fill_N < (n_whole + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    tl.store(entry + E + fill_N, first, mask=filled_N)
+    tl.store(bias + E + fill_N, float("-inf"), mask=filled_N)
     tl.debug_barrier()  # entries are read again, by other threads
 
     q_Q = tl.arange(0, BLOCK_Q)
     rank_Q = tl.load(rank + first + q_Q, mask=(q_Q < LISTED) & (first + q_Q < end), other=0)
+    old = n_whole + _count_before(entry, n_part, first, BLOCK_D)
     for d in range(0, n_part, BLOCK_D):
         d_D = d + tl.arange(0, BLOCK_D)
         rank_D = tl.load(rank + tl.load(entry + d_D, mask=d_D < n_part, other=0), mask=d_D < n_part, other=0)
@@ -250,9 +280,8 @@ def list_live_keys(
             index_D = tl.load(entry + e_D, mask=e_D < n_part, other=C)
             other_D = tl.load(rank + index_D, mask=index_D < first, other=9223372036854775807)
             worse_D += tl.sum((other_D[None, :] <= rank_D[:, None]).to(tl.int32), 1)
-        room_D = W - tl.minimum(W, n_whole + _count_before(entry, n_part, first, BLOCK_D)) + worse_D
         better_DQ = (rank_Q[None, :] > rank_D[:, None]).to(tl.int32)
-        stays_DQ = tl.cumsum(better_DQ, 1) < room_D[:, None]
+        stays_DQ = tl.cumsum(better_DQ, 1) < (W - old + worse_D)[:, None]
         leaves_D = tl.where(rank_D >= at_end, BLOCK_Q, tl.sum(stays_DQ.to(tl.int32), 1))
         tl.store(leaves + d_D, leaves_D, mask=d_D < n_part)
 
