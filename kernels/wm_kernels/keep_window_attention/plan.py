@@ -177,7 +177,7 @@ def _select(call: Call, of: _Blocks, values: Mapping[str, Any]) -> tuple[Launch,
         select.live_at_chunks,
         (of.chunks + 1, call.K, call.B),
         ("rank", "live", "live_count", "threshold", C, of.chunks),
-        {**dims, "BLOCK": values["BLOCK_C"], "STAGES": values["select_stages"]},
+        {**dims, "BLOCK": values["BLOCK_C"]},
         values["select_warps"],
         1,
     )

@@ -56,28 +56,39 @@ def rank_candidates(
 
 
 @triton.jit
-def _digits(rank, high, LOW: tl.constexpr):
+def _digits(rank, high, of_position):
     """The 32 bits searched for: of the score, or, among ranks of the score `high`, of the position."""
-    if LOW:
-        return tl.where((rank >> 31) == high, (rank & 0x7FFFFFFF).to(tl.int32), -1)
-    else:
-        return ((rank >> 31) - 2147483648).to(tl.int32)
+    score = ((rank >> 31) - 2147483648).to(tl.int32)
+    return tl.where(of_position, tl.where(score == high, (rank & 0x7FFFFFFF).to(tl.int32), -1), score)
 
 
 @triton.jit
-def _tally(a, b, c, d, x, low, shift):
-    """Count those that reach low + i 2^shift, i = 1 .. 7, in halves of 16 bits."""
-    step = (tl.full((), 1, tl.int32) << shift).to(tl.int32)
-    a += (x >= low + step).to(tl.int32) + tl.where(x >= low + 2 * step, 65536, 0)
-    b += (x >= low + 3 * step).to(tl.int32) + tl.where(x >= low + 4 * step, 65536, 0)
-    c += (x >= low + 5 * step).to(tl.int32) + tl.where(x >= low + 6 * step, 65536, 0)
-    d += (x >= low + 7 * step).to(tl.int32)
+def _tally(a, b, c, d, x, low, step):
+    """Count those that reach low + i step, i = 1 .. 7, in halves of 16 bits."""
+    a += (x >= _pivot(low, step)).to(tl.int32) + tl.where(x >= _pivot(low, 2 * step), 65536, 0)
+    b += (x >= _pivot(low, 3 * step)).to(tl.int32) + tl.where(x >= _pivot(low, 4 * step), 65536, 0)
+    c += (x >= _pivot(low, 5 * step)).to(tl.int32) + tl.where(x >= _pivot(low, 6 * step), 65536, 0)
+    d += (x >= _pivot(low, 7 * step)).to(tl.int32)
     return a, b, c, d
+
+
+@triton.jit
+def _pivot(low, more):
+    """Of 32 bits; no score or position reaches the largest of them."""
+    return tl.minimum(low + more, 2147483647).to(tl.int32)
 
 
 @triton.jit
 def _total(halves):
     return tl.sum((halves & 0xFFFF).to(tl.int64) + ((halves >> 16).to(tl.int64) << 32), 0)
+
+
+@triton.jit
+def _quarters(a, b):
+    """The four counts of two pairs in one sum, each of them below 2^16."""
+    both = tl.sum((a.to(tl.int64) & 0xFFFFFFFF) + (b.to(tl.int64) << 32), 0)
+    first, second = both & 0xFFFFFFFF, both >> 32
+    return (first & 0xFFFF) | ((first >> 16) << 32), (second & 0xFFFF) | ((second >> 16) << 32)
 
 
 @triton.jit
@@ -88,50 +99,60 @@ def _take(found, reach, above, count, step, need):
 
 
 @triton.jit
-def _search(rank, end, need, reach, high, LOW: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """The largest value that at least `need` ranks reach, or one found sooner that exactly `need` reach; with its and the next's reach."""
-    lane = tl.arange(0, BLOCK)
-    found = tl.full((), 0 if LOW else -2147483648, tl.int32)
-    above = tl.full((), 0, tl.int64)
-    shift = tl.full((), 28 if LOW else 29, tl.int32)
-    while (shift >= 0) & (reach > need):
-        a = tl.zeros((BLOCK,), tl.int32)
-        b, c, d = a, a, a
-        for n in tl.range(0, end, BLOCK, num_stages=STAGES):
-            x = tl.load(rank + n + lane, mask=n + lane < end, other=0)
-            a, b, c, d = _tally(a, b, c, d, _digits(x, high, LOW), found, shift)
-        ab, cd, ef, g = _total(a), _total(b), _total(c), _total(d)
-        step = (tl.full((), 1, tl.int32) << shift).to(tl.int32)
-        found, reach, above = _take(found, reach, above, ab & 0xFFFFFFFF, step, need)
-        found, reach, above = _take(found, reach, above, ab >> 32, step, need)
-        found, reach, above = _take(found, reach, above, cd & 0xFFFFFFFF, step, need)
-        found, reach, above = _take(found, reach, above, cd >> 32, step, need)
-        found, reach, above = _take(found, reach, above, ef & 0xFFFFFFFF, step, need)
-        found, reach, above = _take(found, reach, above, ef >> 32, step, need)
-        found, reach, above = _take(found, reach, above, g, step, need)
-        # The last pass looks at bits that the one before it has fixed in part.
-        shift = tl.where(shift > 0, tl.maximum(shift - 3, 0), -1)
-    return found, reach, above
+def threshold_of(rank, end, need, low, high, BLOCK: tl.constexpr, FEW: tl.constexpr):
+    """A rank that exactly min(need, n) of the n keys among the first `end` ranks reach.
 
-
-@triton.jit
-def threshold_of(rank, end, need, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """A rank that exactly min(need, n) of the n keys among the first `end` ranks reach."""
+    Keys, ranks above 0, lie between `low` and `high`. FEW: they are fewer than 2^15.
+    """
     lane = tl.arange(0, BLOCK)
     some = tl.zeros((BLOCK,), tl.int32)
-    for n in tl.range(0, end, BLOCK, num_stages=STAGES):
+    for n in range(0, end, BLOCK):
         some += (tl.load(rank + n + lane, mask=n + lane < end, other=0) > 0).to(tl.int32)
-    reach = tl.sum(some.to(tl.int64), 0)
+    reach = tl.sum(some, 0).to(tl.int64)
     need = need.to(tl.int64)
     least = tl.full((), 1, tl.int64)
-    if (reach > need) & (need > 0):
-        high, reach, above = _search(rank, end, need, reach, least, False, BLOCK, STAGES)
-        top = high.to(tl.int64) + 2147483648
-        least = top << 31
-        if reach > need:
-            # Several keys have the score of the threshold: the latest of them are kept.
-            low, _, _ = _search(rank, end, need - above, reach - above, top, True, BLOCK, STAGES)
-            least = (top << 31) | low.to(tl.int64)
+    above = tl.full((), 0, tl.int64)
+    score = tl.full((), 0, tl.int32)
+    for phase in range(2):
+        # First by score; then, where several keys have the score of the threshold, the latest of them are kept.
+        if (reach > need) & (need > 0):
+            need -= above
+            reach -= above
+            above -= above
+            start = tl.where(phase == 0, (low >> 31) - 2147483648, 0).to(tl.int64)
+            width = tl.where(phase == 0, (high >> 31) - (low >> 31), 2147483647)
+            shift = tl.full((), 29, tl.int32)
+            while (shift >= 3) & ((width >> (shift - 3)) < 8):
+                shift -= 3
+            found = start
+            while (shift >= 0) & (reach > need):
+                step = tl.full((), 1, tl.int64) << shift
+                a = tl.zeros((BLOCK,), tl.int32)
+                b = tl.zeros((BLOCK,), tl.int32)
+                c = tl.zeros((BLOCK,), tl.int32)
+                d = tl.zeros((BLOCK,), tl.int32)
+                for n in range(0, end, BLOCK):
+                    x = tl.load(rank + n + lane, mask=n + lane < end, other=0)
+                    a, b, c, d = _tally(a, b, c, d, _digits(x, score, phase == 1), found, step)
+                if FEW:
+                    ab, cd = _quarters(a, b)
+                    ef, g = _quarters(c, d)
+                else:
+                    ab, cd, ef, g = _total(a), _total(b), _total(c), _total(d)
+                found, reach, above = _take(found, reach, above, ab & 0xFFFFFFFF, step, need)
+                found, reach, above = _take(found, reach, above, ab >> 32, step, need)
+                found, reach, above = _take(found, reach, above, cd & 0xFFFFFFFF, step, need)
+                found, reach, above = _take(found, reach, above, cd >> 32, step, need)
+                found, reach, above = _take(found, reach, above, ef & 0xFFFFFFFF, step, need)
+                found, reach, above = _take(found, reach, above, ef >> 32, step, need)
+                found, reach, above = _take(found, reach, above, g & 0xFFFFFFFF, step, need)
+                # The last pass looks at bits that the one before it has fixed in part.
+                shift = tl.where(shift > 0, tl.maximum(shift - 3, 0), -1)
+            if phase == 0:
+                score = found.to(tl.int32)
+                least = (found + 2147483648) << 31
+            else:
+                least = least | found
     return tl.where(need > 0, least, 9223372036854775807)
 
 
@@ -151,7 +172,7 @@ def _live_chunk(rank, live, threshold, end, W: tl.constexpr, BLOCK: tl.constexpr
 @triton.jit(do_not_specialize=["C", "CHUNKS"])
 def live_at_chunks(
     rank, live, live_count, threshold, C, CHUNKS,
-    K: tl.constexpr, W: tl.constexpr, S: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    K: tl.constexpr, W: tl.constexpr, S: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The keys kept before each chunk of CHUNK tokens, and after the last. Grid: (CHUNKS + 1, K, B).
 
@@ -162,31 +183,28 @@ def live_at_chunks(
     place = row * (CHUNKS + 1) + chunk
     rank += row * C
     end = tl.minimum(C, S + chunk * CHUNK)
-    least = threshold_of(rank, end, tl.full((), W, tl.int64), BLOCK, STAGES)
+    zero = tl.full((), 0, tl.int64)
+    least = threshold_of(rank, end, tl.full((), W, tl.int64), zero, zero + 9223372036854775807, BLOCK, False)
     count = _live_chunk(rank, live + place * W, least, end, W, BLOCK)
     tl.store(live_count + place, count)
     tl.store(threshold + place, least)
 
 
 @triton.jit
-def _split_sure(
-    index, rank, first, low, high, n_part, n_whole, n_open, entry, bias, open_rank, open_index,
-    W: tl.constexpr, E: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
-    """Append candidates that are kept to the chunk's end to the list, and those that may leave within the chunk to the open ones."""
+def _packed(first, second):
+    """Two flags in the halves of 32 bits, so that one sum counts both; a tile has fewer than 2^15 of each."""
+    return first.to(tl.int64) + (second.to(tl.int64) << 16)
+
+
+@triton.jit
+def _append(entry, bias, index, rank, whole, part, n_whole, n_part, E: tl.constexpr, W: tl.constexpr):
+    """Add candidates to the two parts of a list."""
     LOG2E: tl.constexpr = 1.4426950408889634
-    whole, part = (rank >= high) & (index < first), (rank >= high) & (index >= first)
-    place = tl.where(whole, E + n_whole + tl.cumsum(whole.to(tl.int32), 0) - 1, n_part + tl.cumsum(part.to(tl.int32), 0) - 1)
+    before = tl.cumsum(_packed(whole, part), 0)
+    place = tl.where(whole, E + n_whole + (before & 0xFFFF).to(tl.int32) - 1, n_part + (before >> 16).to(tl.int32) - 1)
     ok = (whole & (place < E + W)) | (part & (place < E))
     tl.store(entry + place, index, mask=ok)
     tl.store(bias + place, score_of(rank) * LOG2E, mask=ok)
-    opens = (rank >= low) & (rank < high)
-    at = n_open + tl.cumsum(opens.to(tl.int32), 0) - 1
-    tl.store(open_rank + at, rank, mask=opens & (at < CHUNK))
-    tl.store(open_index + at, index, mask=opens & (at < CHUNK))
-    n_part += tl.sum(part.to(tl.int32), 0)
-    n_whole += tl.sum(whole.to(tl.int32), 0)
-    return n_part, n_whole, n_open + tl.sum(opens.to(tl.int32), 0), tl.sum((opens & (index < first)).to(tl.int32), 0)
 
 
 @triton.jit(do_not_specialize=["C", "CHUNKS"])
@@ -201,7 +219,6 @@ def list_live_keys(
     being the query before which each leaves; from E on, keys seen by all, filled up to a multiple of BLOCK_N with keys of bias -inf.
     count is [B, K, blocks, 2]: the numbers of both. bias is the score times log2(e). open_rank and open_index are [B, K, blocks, CHUNK].
     """
-    LOG2E: tl.constexpr = 1.4426950408889634
     E: tl.constexpr = 2 * LISTED
     EACH: tl.constexpr = E + (W + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     block = tl.program_id(0)
@@ -225,39 +242,41 @@ def list_live_keys(
 
     lane = tl.arange(0, BLOCK)
     n_part, n_whole, n_open, n_open_before = 0, 0, 0, 0
-    for n in range(0, n_live, BLOCK):
-        index = tl.load(live + n + lane, mask=n + lane < n_live, other=0)
-        found = tl.load(rank + index, mask=n + lane < n_live, other=0)
-        n_part, n_whole, n_open, before = _split_sure(
-            index, found, first, low, high, n_part, n_whole, n_open, entry, bias, open_rank, open_index, W, E, CHUNK
-        )
-        n_open_before += before
-    for n in range(start, end, BLOCK):
-        found = tl.load(rank + n + lane, mask=n + lane < end, other=0)
-        n_part, n_whole, n_open, before = _split_sure(
-            n + lane, found, first, low, high, n_part, n_whole, n_open, entry, bias, open_rank, open_index, W, E, CHUNK
-        )
-        n_open_before += before
+    for n in range(0, n_live + end - start, BLOCK):
+        at = n + lane
+        ok = at < n_live + end - start
+        index = tl.where(at < n_live, tl.load(live + at, mask=at < n_live, other=0), start + at - n_live)
+        found = tl.load(rank + index, mask=ok, other=0)
+        sure, opens, before = found >= high, (found >= low) & (found < high), index < first
+        whole, part = sure & before, sure & (index >= first)
+        _append(entry, bias, index, found, whole, part, n_whole, n_part, E, W)
+        place = n_open + tl.cumsum(opens.to(tl.int32), 0) - 1
+        tl.store(open_rank + place, found, mask=opens & (place < CHUNK))
+        tl.store(open_index + place, index, mask=opens & (place < CHUNK))
+        counts = tl.sum(_packed(whole, part) + (_packed(opens, opens & before) << 32), 0)
+        n_whole += (counts & 0xFFFF).to(tl.int32)
+        n_part += ((counts >> 16) & 0xFFFF).to(tl.int32)
+        n_open += ((counts >> 32) & 0xFFFF).to(tl.int32)
+        n_open_before += (counts >> 48).to(tl.int32)
     n_open = tl.minimum(n_open, CHUNK)
     tl.debug_barrier()  # open keys are read by other threads
 
-    at_start, at_end = low, low
+    at_start, at_end = low, high
     for time in range(2):  # a loop, so that the search is compiled once
-        at_start = at_end
-        sure = n_whole + tl.where(time == 0, 0, n_part)
-        at_end = tl.minimum(high, threshold_of(open_rank, tl.where(time == 0, n_open_before, n_open), W - sure, BLOCK, 1))
+        sure_then = n_whole + tl.where(time == 0, 0, n_part)
+        open_then = tl.where(time == 0, n_open_before, n_open)
+        at_end = tl.minimum(high, threshold_of(open_rank, open_then, W - sure_then, low, high, BLOCK, CHUNK < 32768))
+        at_start = tl.where(time == 0, at_end, at_start)
     for n in range(0, n_open, BLOCK):
         index = tl.load(open_index + n + lane, mask=n + lane < n_open, other=0)
         found = tl.load(open_rank + n + lane, mask=n + lane < n_open, other=0)
         alive = found >= at_start
         whole = alive & (found >= at_end) & (index < first)
         part = alive & ((found < at_end) | (index >= first))
-        place = tl.where(whole, E + n_whole + tl.cumsum(whole.to(tl.int32), 0) - 1, n_part + tl.cumsum(part.to(tl.int32), 0) - 1)
-        ok = (whole & (place < E + W)) | (part & (place < E))
-        tl.store(entry + place, index, mask=ok)
-        tl.store(bias + place, score_of(found) * LOG2E, mask=ok)
-        n_part += tl.sum(part.to(tl.int32), 0)
-        n_whole += tl.sum(whole.to(tl.int32), 0)
+        _append(entry, bias, index, found, whole, part, n_whole, n_part, E, W)
+        counts = tl.sum(_packed(whole, part), 0)
+        n_whole += (counts & 0xFFFF).to(tl.int32)
+        n_part += (counts >> 16).to(tl.int32)
     n_part, n_whole = tl.minimum(n_part, E), tl.minimum(n_whole, W)
     tl.store(count + to * 2, n_part)
     tl.store(count + to * 2 + 1, n_whole)
