@@ -13,6 +13,7 @@ RUNTIME_DTYPES = {
     "eager": ("float32", "float16", "bfloat16"),
     "compiled": ("float32", "float16", "bfloat16"),
     "onnxruntime-cpu": ("float32", "float16"),
+    "triton": ("float32", "float16", "bfloat16"),
 }
 AMPLIFIED = 10.0  # Mamba2-115M with random weights of scale 1: eager is off by 2 times max_abs
 FLOOR_ULPS = 2.0  # R's denominator is at least this many u of the output's scale, so that a lucky eager run condemns nobody
@@ -125,6 +126,7 @@ _RUNTIMES: dict[str, tuple[float, float, float, str]] = {
     "eager": (1.0, 1.0, CHOICE, "the reference's arithmetic"),
     "compiled": (1.0, 1.0, CHOICE, "ops are opaque to the compiler: the same code"),
     "onnxruntime-cpu": (2.0, 1.5, CHOICE, "other orders of summation; exp and softmax of another library"),
+    "triton": (2.0, 1.5, CHOICE, "other orders of summation: float32 products of a GPU are added one after another"),
 }
 _CHOOSING = ("keep_window_attention", "product_key_topk", "router_topk")
 _FLOAT32_ALWAYS = ("rope_angles",)

@@ -99,4 +99,9 @@ def architecture(device: torch.device) -> str:
 
 def strides(tensor: Tensor) -> tuple[int, ...]:
     """Strides in elements, those of axes of size 1 as 0: no kernel is compiled again because of them."""
-    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return strides_of(tensor.shape, tensor.stride())
+
+
+def strides_of(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...]:
+    """`strides` of a tensor of this shape and these strides."""
+    return tuple(0 if size == 1 else step for size, step in zip(shape, stride, strict=True))

@@ -3,11 +3,13 @@
 B batch   T tokens   H query heads   K key/value heads   A score heads   P head dimension   L cells
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from wm_kernels.attention.plan import plan
-from wm_kernels.triton_launch import architecture, run, strides
+from wm_kernels.triton_launch import Plan, architecture, run, strides_of
 from wm_kernels.triton_support import inner_contiguous
 
 
@@ -32,21 +34,25 @@ def attend_triton(
     Returns:
         out_BTHP, contiguous. Any outer strides are read as they are; tensors whose last axis is not contiguous are copied.
     """
-    (B, T, H, P), (K, L) = q_BTHP.shape, k_BKLP.shape[1:3]
     tensors = {"q": inner_contiguous(q_BTHP), "k": inner_contiguous(k_BKLP), "v": inner_contiguous(v_BKLP)}
-    layout = {"q": strides(tensors["q"]), **{name: _cells_first(tensors[name]) for name in "kv"}}
-    A = 1
     if score_BAL is not None:
-        tensors["score"], layout["score"], A = score_BAL, strides(score_BAL), score_BAL.shape[1]
+        tensors["score"] = score_BAL
     if position_B is not None:
         tensors["position"] = position_B.contiguous()
-    out_BTHP = torch.empty((B, T, H, P), dtype=q_BTHP.dtype, device=q_BTHP.device)
-    dims = (B, T, H, K, A, P, L, scoring, position_B is not None)
-    run(plan(*dims, q_BTHP.dtype, architecture(q_BTHP.device), tuple(layout.items())), {**tensors, "out": out_BTHP})
+    out_BTHP = torch.empty(q_BTHP.shape, dtype=q_BTHP.dtype, device=q_BTHP.device)
+    layout = tuple((name, tensor.shape, tensor.stride()) for name, tensor in tensors.items())
+    run(_plan(layout, scoring, q_BTHP.dtype, q_BTHP.device), {**tensors, "out": out_BTHP})
     return out_BTHP
 
 
-def _cells_first(x_BKLP: Tensor) -> tuple[int, ...]:
-    """Strides as of x_BLKP, which tokens have."""
-    b, k, cell, p = strides(x_BKLP)
-    return b, cell, k, p
+@lru_cache(maxsize=1024)
+def _plan(layout: tuple[tuple[str, torch.Size, tuple[int, ...]], ...], scoring: str, dtype: torch.dtype, device: torch.device) -> Plan:
+    """The plan of a call by the names, shapes and strides of its tensors: a step looks up what one before it has made."""
+    shapes = {name: shape for name, shape, _ in layout}
+    outer = {name: strides_of(shape, stride) for name, shape, stride in layout}
+    for name in "kv":
+        b, k, cell, p = outer[name]
+        outer[name] = (b, cell, k, p)  # as tokens have them
+    (B, T, H, P), (K, L) = shapes["q"], shapes["k"][1:3]
+    A = shapes["score"][1] if "score" in shapes else 1
+    return plan(B, T, H, K, A, P, L, scoring, "position" in shapes, dtype, architecture(device), tuple(outer.items()))
