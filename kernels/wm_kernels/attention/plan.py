@@ -11,10 +11,11 @@ import torch
 
 from wm_kernels.attention import triton_kernel as kernels
 from wm_kernels.triton_configs import config
-from wm_kernels.triton_launch import Launch, Plan, Scratch
+from wm_kernels.triton_launch import Launch, Plan, Scratch, strides_of
 from wm_kernels.triton_support import blocks, dtype_name, power_of_two
 
 Strides = tuple[tuple[str, tuple[int, ...]], ...]
+Layout = tuple[tuple[str, torch.Size, tuple[int, ...]], ...]  # names, shapes and strides of tensors
 
 
 def block_of(size: int) -> int:
@@ -66,6 +67,19 @@ def plan(
     values = fitted(config("attention", arch, dtype_name(dtype), chosen, (("P", P), ("G", G))), P)
     build = _shares if chosen == "shares" else _cells
     return build(B, T, H, K, A, P, L, scoring, cached, values, dict(strides))
+
+
+@lru_cache(maxsize=1024)
+def planned(layout: Layout, scoring: str, dtype: torch.dtype, arch: str) -> Plan:
+    """The plan of a call by its tensors' layout, k_BKLP and v_BKLP: a step looks up what one before it has made."""
+    shapes = {name: shape for name, shape, _ in layout}
+    outer = {name: strides_of(shape, stride) for name, shape, stride in layout}
+    for name in "kv":
+        b, k, cell, p = outer[name]
+        outer[name] = (b, cell, k, p)  # as tokens have them
+    (B, T, H, P), (K, L) = shapes["q"], shapes["k"][1:3]
+    A = shapes["score"][1] if "score" in shapes else 1
+    return plan(B, T, H, K, A, P, L, scoring, "position" in shapes, dtype, arch, tuple(outer.items()))
 
 
 def _outer(strides: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:

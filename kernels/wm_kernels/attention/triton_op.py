@@ -3,13 +3,11 @@
 B batch   T tokens   H query heads   K key/value heads   A score heads   P head dimension   L cells
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
-from wm_kernels.attention.plan import plan
-from wm_kernels.triton_launch import Plan, architecture, run, strides_of
+from wm_kernels.attention.plan import planned
+from wm_kernels.triton_launch import architecture, run
 from wm_kernels.triton_support import inner_contiguous
 
 
@@ -41,18 +39,5 @@ def attend_triton(
         tensors["position"] = position_B.contiguous()
     out_BTHP = torch.empty(q_BTHP.shape, dtype=q_BTHP.dtype, device=q_BTHP.device)
     layout = tuple((name, tensor.shape, tensor.stride()) for name, tensor in tensors.items())
-    run(_plan(layout, scoring, q_BTHP.dtype, q_BTHP.device), {**tensors, "out": out_BTHP})
+    run(planned(layout, scoring, q_BTHP.dtype, architecture(q_BTHP.device)), {**tensors, "out": out_BTHP})
     return out_BTHP
-
-
-@lru_cache(maxsize=1024)
-def _plan(layout: tuple[tuple[str, torch.Size, tuple[int, ...]], ...], scoring: str, dtype: torch.dtype, device: torch.device) -> Plan:
-    """The plan of a call by the names, shapes and strides of its tensors: a step looks up what one before it has made."""
-    shapes = {name: shape for name, shape, _ in layout}
-    outer = {name: strides_of(shape, stride) for name, shape, stride in layout}
-    for name in "kv":
-        b, k, cell, p = outer[name]
-        outer[name] = (b, cell, k, p)  # as tokens have them
-    (B, T, H, P), (K, L) = shapes["q"], shapes["k"][1:3]
-    A = shapes["score"][1] if "score" in shapes else 1
-    return plan(B, T, H, K, A, P, L, scoring, "position" in shapes, dtype, architecture(device), tuple(outer.items()))

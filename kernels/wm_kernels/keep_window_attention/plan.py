@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from wm_kernels.attention.plan import Strides, block_of, fitted, shares_of
+from wm_kernels.attention.plan import Layout, Strides, block_of, fitted, shares_of
 from wm_kernels.attention.plan import plan as plan_cells
 from wm_kernels.keep_window_attention import triton_kernel as kernels
 from wm_kernels.keep_window_attention import triton_select as select
 from wm_kernels.triton_configs import config
-from wm_kernels.triton_launch import Launch, Plan, Scratch
+from wm_kernels.triton_launch import Launch, Plan, Scratch, strides_of
 from wm_kernels.triton_support import blocks, dtype_name, power_of_two
 
 SLOTS = ("slot_k", "slot_v", "slot_score", "slot_position")
@@ -76,6 +76,16 @@ def plan(call: Call) -> Plan:
     dims = (("P", call.P), ("G", call.H // call.K))
     values = fitted(config("keep_window_attention", call.arch, dtype_name(call.dtype), chosen, dims), call.P)
     return _step(call, values) if chosen == "step" else _listed(call, values)
+
+
+@lru_cache(maxsize=1024)
+def planned(layout: Layout, window: int, in_place: bool, dtype: torch.dtype, arch: str) -> Plan:
+    """The plan of a call by its tensors' layout: a step looks up what one before it has made."""
+    shapes = {name: shape for name, shape, _ in layout}
+    (B, T, H, P), K = shapes["q"], shapes["k"][2]
+    W = shapes["slot_k"][2] if "slot_k" in shapes else window
+    outer = tuple((name, strides_of(shape, stride)) for name, shape, stride in layout)
+    return plan(Call(B, T, H, K, P, W, "slot_k" in shapes, "valid" in shapes, in_place, dtype, arch, outer))
 
 
 def _causal(call: Call) -> Plan:

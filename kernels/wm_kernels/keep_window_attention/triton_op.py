@@ -3,13 +3,11 @@
 B batch   T tokens   H query heads   K key/value heads   P head dimension   W slots, or window
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
-from wm_kernels.keep_window_attention.plan import NEW_SLOTS, SLOTS, Call, plan
-from wm_kernels.triton_launch import Plan, architecture, run, strides_of
+from wm_kernels.keep_window_attention.plan import NEW_SLOTS, SLOTS, planned
+from wm_kernels.triton_launch import architecture, run
 from wm_kernels.triton_support import inner_contiguous
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -46,7 +44,7 @@ def keep_window_attention_triton(
         tensors["valid"] = valid_B.contiguous()
     out_BTHP = torch.empty(q_BTHP.shape, dtype=q_BTHP.dtype, device=q_BTHP.device)
     layout = tuple((name, tensor.shape, tensor.stride()) for name, tensor in tensors.items())
-    run(_plan(layout, window, in_place, q_BTHP.dtype, q_BTHP.device), {**tensors, "out": out_BTHP})
+    run(planned(layout, window, in_place, q_BTHP.dtype, architecture(q_BTHP.device)), {**tensors, "out": out_BTHP})
     if in_place and slots is not None and new is not None:
         for leaf, written in zip(slots, new, strict=True):
             if leaf is not written:
@@ -57,15 +55,3 @@ def keep_window_attention_triton(
 def _copies(slots: State) -> State:
     k, v, score, position = (leaf.clone(memory_format=torch.contiguous_format) for leaf in slots)
     return k, v, score, position
-
-
-@lru_cache(maxsize=1024)
-def _plan(
-    layout: tuple[tuple[str, torch.Size, tuple[int, ...]], ...], window: int, in_place: bool, dtype: torch.dtype, device: torch.device
-) -> Plan:
-    """The plan of a call by the names, shapes and strides of its tensors: a step looks up what one before it has made."""
-    shapes = {name: shape for name, shape, _ in layout}
-    (B, T, H, P), K = shapes["q"], shapes["k"][2]
-    W = shapes["slot_k"][2] if "slot_k" in shapes else window
-    outer = tuple((name, strides_of(shape, stride)) for name, shape, stride in layout)
-    return plan(Call(B, T, H, K, P, W, "slot_k" in shapes, "valid" in shapes, in_place, dtype, architecture(device), outer))
