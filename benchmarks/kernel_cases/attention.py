@@ -35,7 +35,7 @@ def cases() -> list[Case]:
 def spaces() -> list[Space]:
     """Tiles of the gathered attention and of the selection; shares and tiles of the step."""
     start = {"BLOCK_R": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3, "max_registers": 128, "listed": 128, "lists_of_chunk": 8}
-    start |= {"BLOCK_C": 4096, "select_warps": 8, "BLOCK_L": 512, "list_warps": 4, "BLOCK_D": 32, "BLOCK_S": 32}
+    start |= {"BLOCK_C": 4096, "select_warps": 16, "BLOCK_L": 512, "list_warps": 4, "BLOCK_D": 32, "BLOCK_S": 32}
     tiles = grid(BLOCK_R=[128], BLOCK_N=[32, 64], num_stages=[3, 5], max_registers=[128]) + grid(
         BLOCK_R=[256], BLOCK_N=[64], num_warps=[16], num_stages=[3, 5]
     )

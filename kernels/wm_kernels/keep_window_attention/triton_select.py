@@ -99,48 +99,6 @@ def _take(found, reach, above, count, step, need):
 
 
 @triton.jit
-def _search(rank, end, need, reach, above, least, low, high, of_position, BLOCK: tl.constexpr, FEW: tl.constexpr):
-    """Narrow a threshold that `reach` ranks reach, until exactly `need` do or its 32 bits are known, by 3 bits in a pass."""
-    lane = tl.arange(0, BLOCK)
-    if (reach > need) & (need > 0):
-        # Among ranks of one score, those of better scores are kept anyway.
-        need -= above
-        reach -= above
-        above -= above
-        score = ((least >> 31) - 2147483648).to(tl.int32)
-        found = tl.where(of_position, 0, (low >> 31) - 2147483648).to(tl.int64)
-        width = tl.where(of_position, 2147483647, (high >> 31) - (low >> 31))
-        shift = tl.full((), 29, tl.int32)
-        while (shift >= 3) & ((width >> (shift - 3)) < 8):
-            shift -= 3
-        while (shift >= 0) & (reach > need):
-            step = tl.full((), 1, tl.int64) << shift
-            a = tl.zeros((BLOCK,), tl.int32)
-            b = tl.zeros((BLOCK,), tl.int32)
-            c = tl.zeros((BLOCK,), tl.int32)
-            d = tl.zeros((BLOCK,), tl.int32)
-            for n in range(0, end, BLOCK):
-                x = tl.load(rank + n + lane, mask=n + lane < end, other=0)
-                a, b, c, d = _tally(a, b, c, d, _digits(x, score, of_position), found, step)
-            if FEW:
-                ab, cd = _quarters(a, b)
-                ef, g = _quarters(c, d)
-            else:
-                ab, cd, ef, g = _total(a), _total(b), _total(c), _total(d)
-            found, reach, above = _take(found, reach, above, ab & 0xFFFFFFFF, step, need)
-            found, reach, above = _take(found, reach, above, ab >> 32, step, need)
-            found, reach, above = _take(found, reach, above, cd & 0xFFFFFFFF, step, need)
-            found, reach, above = _take(found, reach, above, cd >> 32, step, need)
-            found, reach, above = _take(found, reach, above, ef & 0xFFFFFFFF, step, need)
-            found, reach, above = _take(found, reach, above, ef >> 32, step, need)
-            found, reach, above = _take(found, reach, above, g & 0xFFFFFFFF, step, need)
-            # The last pass looks at bits that the one before it has fixed in part.
-            shift = tl.where(shift > 0, tl.maximum(shift - 3, 0), -1)
-        least = tl.where(of_position, least | found, (found + 2147483648) << 31)
-    return need, reach, above, least
-
-
-@triton.jit
 def threshold_of(rank, end, need, low, high, BLOCK: tl.constexpr, FEW: tl.constexpr):
     """A rank that exactly min(need, n) of the n keys among the first `end` ranks reach.
 
@@ -152,15 +110,49 @@ def threshold_of(rank, end, need, low, high, BLOCK: tl.constexpr, FEW: tl.conste
         some += (tl.load(rank + n + lane, mask=n + lane < end, other=0) > 0).to(tl.int32)
     reach = tl.sum(some, 0).to(tl.int64)
     need = need.to(tl.int64)
-    above = tl.full((), 0, tl.int64)
     least = tl.full((), 1, tl.int64)
-    # By score; then, where several keys have the score of the threshold, by position: the latest of them are kept.
-    if FEW:
-        for of_position in range(2):  # a loop, so that the search is compiled once
-            need, reach, above, least = _search(rank, end, need, reach, above, least, low, high, of_position != 0, BLOCK, FEW)
-    else:
-        need, reach, above, least = _search(rank, end, need, reach, above, least, low, high, False, BLOCK, FEW)
-        need, reach, above, least = _search(rank, end, need, reach, above, least, low, high, True, BLOCK, FEW)
+    above = tl.full((), 0, tl.int64)
+    score = tl.full((), 0, tl.int32)
+    for phase in range(2):
+        # First by score; then, where several keys have the score of the threshold, the latest of them are kept.
+        if (reach > need) & (need > 0):
+            need -= above
+            reach -= above
+            above -= above
+            start = tl.where(phase == 0, (low >> 31) - 2147483648, 0).to(tl.int64)
+            width = tl.where(phase == 0, (high >> 31) - (low >> 31), 2147483647)
+            shift = tl.full((), 29, tl.int32)
+            while (shift >= 3) & ((width >> (shift - 3)) < 8):
+                shift -= 3
+            found = start
+            while (shift >= 0) & (reach > need):
+                step = tl.full((), 1, tl.int64) << shift
+                a = tl.zeros((BLOCK,), tl.int32)
+                b = tl.zeros((BLOCK,), tl.int32)
+                c = tl.zeros((BLOCK,), tl.int32)
+                d = tl.zeros((BLOCK,), tl.int32)
+                for n in range(0, end, BLOCK):
+                    x = tl.load(rank + n + lane, mask=n + lane < end, other=0)
+                    a, b, c, d = _tally(a, b, c, d, _digits(x, score, phase == 1), found, step)
+                if FEW:
+                    ab, cd = _quarters(a, b)
+                    ef, g = _quarters(c, d)
+                else:
+                    ab, cd, ef, g = _total(a), _total(b), _total(c), _total(d)
+                found, reach, above = _take(found, reach, above, ab & 0xFFFFFFFF, step, need)
+                found, reach, above = _take(found, reach, above, ab >> 32, step, need)
+                found, reach, above = _take(found, reach, above, cd & 0xFFFFFFFF, step, need)
+                found, reach, above = _take(found, reach, above, cd >> 32, step, need)
+                found, reach, above = _take(found, reach, above, ef & 0xFFFFFFFF, step, need)
+                found, reach, above = _take(found, reach, above, ef >> 32, step, need)
+                found, reach, above = _take(found, reach, above, g & 0xFFFFFFFF, step, need)
+                # The last pass looks at bits that the one before it has fixed in part.
+                shift = tl.where(shift > 0, tl.maximum(shift - 3, 0), -1)
+            if phase == 0:
+                score = found.to(tl.int32)
+                least = (found + 2147483648) << 31
+            else:
+                least = least | found
     return tl.where(need > 0, least, 9223372036854775807)
 
 
