@@ -13,6 +13,7 @@ RUNTIME_DTYPES = {
     "eager": ("float32", "float16", "bfloat16"),
     "compiled": ("float32", "float16", "bfloat16"),
     "onnxruntime-cpu": ("float32", "float16"),
+    "triton": ("float32", "float16", "bfloat16"),
 }
 # Sound code is off by at most this many times what the float64 oracle moves when each weight moves by up to u. Eager is off, in float32,
 # by 1.3 to 5.7 times (rms; the worst logit 2.6 to 9 times) over all families, forms and Mamba2-115M; in float16 by 0.5 to 1.7 times.
@@ -145,6 +146,7 @@ _RUNTIMES: dict[str, tuple[float, float, float, str]] = {
     "eager": (1.0, 1.0, CHOICE, "the reference's arithmetic"),
     "compiled": (1.0, 1.0, CHOICE, "ops are opaque to the compiler: the same code"),
     "onnxruntime-cpu": (2.0, 1.5, CHOICE, "other orders of summation; exp and softmax of another library"),
+    "triton": (2.0, 1.5, CHOICE, "other orders of summation: float32 products of a GPU are added one after another"),
 }
 _CHOOSING = ("keep_window_attention", "product_key_topk", "router_topk")
 _FLOAT32_ALWAYS = ("rope_angles",)

@@ -27,6 +27,7 @@ class Launch:
         constants: `tl.constexpr` parameters by name.
         num_warps: warps of a program.
         num_stages: depth of software pipelines.
+        max_registers: of a thread, so that more programs fit a multiprocessor; None leaves it to the compiler.
     """
 
     kernel: Any
@@ -35,6 +36,12 @@ class Launch:
     constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 2
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """What Triton's compiler is told beside the constants."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ def _launch(plan: Plan, named: Mapping[str, Tensor]) -> None:
         if 0 in launch.grid:
             continue
         arguments = [named[value] if isinstance(value, str) else value for value in launch.arguments]
-        launch.kernel[launch.grid](*arguments, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages)
+        launch.kernel[launch.grid](*arguments, **launch.constants, **launch.options)
 
 
 @cache
@@ -92,4 +99,9 @@ def architecture(device: torch.device) -> str:
 
 def strides(tensor: Tensor) -> tuple[int, ...]:
     """Strides in elements, those of axes of size 1 as 0: no kernel is compiled again because of them."""
-    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return strides_of(tensor.shape, tensor.stride())
+
+
+def strides_of(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...]:
+    """`strides` of a tensor of this shape and these strides."""
+    return tuple(0 if size == 1 else step for size, step in zip(shape, stride, strict=True))

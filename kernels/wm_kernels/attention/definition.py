@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wm_kernels._registration import check_dtype, check_shapes, check_that, check_together, register_reference_autograd
+from wm_kernels.triton_support import served
 
 
 def attention_reference(
@@ -87,6 +88,10 @@ def attend_in_place(
     cell_BKTP = _cells(k_BTKP, position_B)
     cache_k_BKSP.scatter_(2, cell_BKTP, k_BTKP.transpose(1, 2))
     cache_v_BKSP.scatter_(2, cell_BKTP, v_BTKP.transpose(1, 2))
+    if q_BTHP.is_cuda and served(q_BTHP):
+        from wm_kernels.attention.triton_op import attend_triton
+
+        return attend_triton(q_BTHP, cache_k_BKSP, cache_v_BKSP, position_B)
     live = cache_k_BKSP.shape[2]
     if position_B.device.type == "cpu" and position_B.numel():
         # Reading a number from a CPU tensor costs nothing, and a cache is mostly unused; on a GPU it would wait for the device.

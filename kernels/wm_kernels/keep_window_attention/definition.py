@@ -17,6 +17,7 @@ from wm_kernels.keep_window_attention.slots import (
     tokens_as_slots,
     used_slots,
 )
+from wm_kernels.triton_support import served
 
 
 def keep_window_attention_reference(
@@ -145,6 +146,23 @@ def keep_window_attention(
     """See `keep_window_attention_reference`."""
     given = (slot_k_BKWP, slot_v_BKWP, slot_score_BKW, slot_position_BKW)
     _check("keep_window_attention", q_BTHP, k_BTKP, v_BTKP, score_BTK, *given, position_B, valid_B, window)
+    return _functional(q_BTHP, k_BTKP, v_BTKP, score_BTK, *given, position_B, valid_B, window)
+
+
+def _functional(
+    q_BTHP: Tensor,
+    k_BTKP: Tensor,
+    v_BTKP: Tensor,
+    score_BTK: Tensor,
+    slot_k_BKWP: Tensor | None,
+    slot_v_BKWP: Tensor | None,
+    slot_score_BKW: Tensor | None,
+    slot_position_BKW: Tensor | None,
+    position_B: Tensor | None,
+    valid_B: Tensor | None,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given = (slot_k_BKWP, slot_v_BKWP, slot_score_BKW, slot_position_BKW)
     if slot_k_BKWP is None:
         out_BTHP, *empty = keep_window_attention_reference(q_BTHP, k_BTKP, v_BTKP, score_BTK, None, None, None, None, None, valid_B, window)
         return out_BTHP.contiguous(), empty[0], empty[1], empty[2], empty[3]
@@ -176,6 +194,39 @@ def _(
     return q_BTHP.new_empty(q_BTHP.shape), *slots
 
 
+@keep_window_attention.register_kernel("cuda")
+def _(
+    q_BTHP: Tensor,
+    k_BTKP: Tensor,
+    v_BTKP: Tensor,
+    score_BTK: Tensor,
+    slot_k_BKWP: Tensor | None,
+    slot_v_BKWP: Tensor | None,
+    slot_score_BKW: Tensor | None,
+    slot_position_BKW: Tensor | None,
+    position_B: Tensor | None,
+    valid_B: Tensor | None,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given = (slot_k_BKWP, slot_v_BKWP, slot_score_BKW, slot_position_BKW)
+    _check("keep_window_attention", q_BTHP, k_BTKP, v_BTKP, score_BTK, *given, position_B, valid_B, window)
+    if not _has_kernels(q_BTHP, slot_k_BKWP):
+        return _functional(q_BTHP, k_BTKP, v_BTKP, score_BTK, *given, position_B, valid_B, window)
+    from wm_kernels.keep_window_attention.triton_op import keep_window_attention_triton
+
+    tensors = (q_BTHP, k_BTKP, v_BTKP, score_BTK)
+    if slot_k_BKWP is None or slot_v_BKWP is None or slot_score_BKW is None or slot_position_BKW is None:
+        out_BTHP, _ = keep_window_attention_triton(*tensors, None, None, valid_B, window)
+        return out_BTHP, *no_slots(k_BTKP, score_BTK)
+    slots = (slot_k_BKWP, slot_v_BKWP, slot_score_BKW, slot_position_BKW)
+    out_BTHP, new = keep_window_attention_triton(*tensors, slots, position_B, valid_B, window)
+    return out_BTHP, *(new or slots)
+
+
+def _has_kernels(q_BTHP: Tensor, slot_k_BKWP: Tensor | None) -> bool:
+    return served(q_BTHP) and (slot_k_BKWP is None or slot_k_BKWP.shape[2] > 0)
+
+
 register_reference_autograd(keep_window_attention, keep_window_attention_reference)
 
 
@@ -197,6 +248,29 @@ def keep_window_attention_(
     slots = Slots(slot_k_BKWP, slot_v_BKWP, slot_score_BKW, slot_position_BKW)
     _check("keep_window_attention_", q_BTHP, k_BTKP, v_BTKP, score_BTK, *slots, position_B, valid_B, window)
     return _in_place(q_BTHP, tokens_as_slots(k_BTKP, v_BTKP, score_BTK, position_B), slots, valid_B).contiguous()
+
+
+@keep_window_attention_.register_kernel("cuda")
+def _(
+    q_BTHP: Tensor,
+    k_BTKP: Tensor,
+    v_BTKP: Tensor,
+    score_BTK: Tensor,
+    slot_k_BKWP: Tensor,
+    slot_v_BKWP: Tensor,
+    slot_score_BKW: Tensor,
+    slot_position_BKW: Tensor,
+    position_B: Tensor,
+    valid_B: Tensor | None,
+    window: int,
+) -> Tensor:
+    slots = Slots(slot_k_BKWP, slot_v_BKWP, slot_score_BKW, slot_position_BKW)
+    _check("keep_window_attention_", q_BTHP, k_BTKP, v_BTKP, score_BTK, *slots, position_B, valid_B, window)
+    if not _has_kernels(q_BTHP, slot_k_BKWP):
+        return _in_place(q_BTHP, tokens_as_slots(k_BTKP, v_BTKP, score_BTK, position_B), slots, valid_B).contiguous()
+    from wm_kernels.keep_window_attention.triton_op import keep_window_attention_triton
+
+    return keep_window_attention_triton(q_BTHP, k_BTKP, v_BTKP, score_BTK, slots, position_B, valid_B, window, in_place=True)[0]
 
 
 @keep_window_attention_.register_fake

@@ -17,6 +17,7 @@ from wm_kernels._registration import (
     register_reference_autograd,
     spans,
 )
+from wm_kernels.triton_support import served
 
 SCORINGS = ("additive", "binary", "ratio")
 MASK_ELEMENTS = 2**23  # entries of one mask held at a time
@@ -171,12 +172,27 @@ def _in_place(
     for cache, token_BTX in zip(caches, tokens, strict=True):
         token = token_BTX.transpose(1, 2)
         cache.scatter_(2, _like(cell_BT, token), token)
+    if q_BTHP.is_cuda and served(q_BTHP) and scoring != "ratio":
+        from wm_kernels.attention.triton_op import attend_triton
+
+        return attend_triton(q_BTHP, caches[0], caches[1], position_B, caches[2], scoring)
     live = caches[0].shape[2]
     if position_B.device.type == "cpu" and position_B.numel():
         # Reading a number from a CPU tensor costs nothing, and a cache is mostly unused; on a GPU it would wait for the device.
         live = min(live, int(position_B.max()) + q_BTHP.shape[1])
     k_BKLP, v_BKLP, score_BAL = (cache[:, :, :live] for cache in caches)
     return _attend(q_BTHP, k_BKLP, v_BKLP, score_BAL, position_B, scoring, ratio)
+
+
+def _attend_to_tokens(
+    q_BTHP: Tensor, k_BTKP: Tensor, v_BTKP: Tensor, score_BTA: Tensor, scoring: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The functional form without a cache, on a GPU."""
+    from wm_kernels.attention.triton_op import attend_triton
+
+    k_BKTP, v_BKTP, score_BAT = k_BTKP.transpose(1, 2), v_BTKP.transpose(1, 2), score_BTA.transpose(1, 2)
+    empty_k, empty_v, empty_score = (x.new_empty((*x.shape[:2], 0, *x.shape[3:])) for x in (k_BKTP, v_BKTP, score_BAT))
+    return attend_triton(q_BTHP, k_BKTP, v_BKTP, None, score_BAT, scoring), empty_k, empty_v, empty_score
 
 
 def _check(
@@ -222,6 +238,8 @@ def scored_attention(
     """See `scored_attention_reference`."""
     given = (cache_k_BKSP, cache_v_BKSP, cache_score_BAS)
     _check("scored_attention", q_BTHP, k_BTKP, v_BTKP, score_BTA, *given, position_B, valid_B, scoring, ratio)
+    if position_B is None and q_BTHP.is_cuda and served(q_BTHP) and scoring != "ratio":
+        return _attend_to_tokens(q_BTHP, k_BTKP, v_BTKP, score_BTA, scoring)
     if position_B is None:
         none = (None,) * 4
         out_BTHP, *empty = scored_attention_reference(q_BTHP, k_BTKP, v_BTKP, score_BTA, *none, valid_B, scoring, ratio)

@@ -1,0 +1,131 @@
+"""Launches of attention over contiguous cells.
+
+B batch   T tokens   H query heads   K kv heads   G = H/K   A score heads   P head dimension   L cells
+"""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from wm_kernels.attention import triton_kernel as kernels
+from wm_kernels.triton_configs import config
+from wm_kernels.triton_launch import Launch, Plan, Scratch, strides_of
+from wm_kernels.triton_support import blocks, dtype_name, power_of_two
+
+Strides = tuple[tuple[str, tuple[int, ...]], ...]
+Layout = tuple[tuple[str, torch.Size, tuple[int, ...]], ...]  # names, shapes and strides of tensors
+
+
+def block_of(size: int) -> int:
+    """A tile's length along an axis that a product sums over: at least 16."""
+    return max(16, power_of_two(size))
+
+
+def fitted(values: Mapping[str, Any], P: int) -> dict[str, Any]:
+    """The values of a row, whose tiles are meant for P <= 128, with smaller tiles for wider heads."""
+    wider = max(1, block_of(P) // 128)
+    return {name: max(16, value // wider) if name in ("BLOCK_R", "BLOCK_N") else value for name, value in values.items()}
+
+
+def regime(T: int, G: int, cached: bool) -> str:
+    """`shares` for a few tokens over a cache, whose cells are then split among programs; otherwise `cells`."""
+    return "shares" if cached and T * G <= 64 else "cells"
+
+
+def shares_of(programs: int, wanted: int, most: int) -> int:
+    """Into how many shares, a power of 2, work of so many programs is cut to make at least `wanted`."""
+    shares = 1
+    while programs * shares < wanted and shares * 2 <= most:
+        shares *= 2
+    return shares
+
+
+@lru_cache(maxsize=1024)
+def plan(
+    B: int, T: int, H: int, K: int, A: int, P: int, L: int, scoring: str, cached: bool, dtype: torch.dtype, arch: str, strides: Strides
+) -> Plan:
+    """Attention to cells 0 .. position + t, or 0 .. t without a cache.
+
+    Args:
+        B: rows.
+        T: tokens.
+        H: query heads.
+        K: kv heads, a divisor of H.
+        A: score heads, a divisor of H; any where scoring is "none".
+        P: head dimension.
+        L: cells; T without a cache.
+        scoring: "none", "additive" or "binary".
+        cached: whether there is a position; without one, row b's first query sees cell 0 alone.
+        dtype: of q, k and v.
+        arch: see `triton_launch.architecture`.
+        strides: in elements, of q_BTHP, k_BLKP, v_BLKP and score_BAL, axes in the order of these names; P's stride is 1.
+    """
+    G = H // K
+    chosen = regime(T, G, cached)
+    values = fitted(config("attention", arch, dtype_name(dtype), chosen, (("P", P), ("G", G))), P)
+    build = _shares if chosen == "shares" else _cells
+    return build(B, T, H, K, A, P, L, scoring, cached, values, dict(strides))
+
+
+@lru_cache(maxsize=1024)
+def planned(layout: Layout, scoring: str, dtype: torch.dtype, arch: str) -> Plan:
+    """The plan of a call by its tensors' layout, k_BKLP and v_BKLP: a step looks up what one before it has made."""
+    shapes = {name: shape for name, shape, _ in layout}
+    outer = {name: strides_of(shape, stride) for name, shape, stride in layout}
+    for name in "kv":
+        b, k, cell, p = outer[name]
+        outer[name] = (b, cell, k, p)  # as tokens have them
+    (B, T, H, P), (K, L) = shapes["q"], shapes["k"][1:3]
+    A = shapes["score"][1] if "score" in shapes else 1
+    return plan(B, T, H, K, A, P, L, scoring, "position" in shapes, dtype, arch, tuple(outer.items()))
+
+
+def _outer(strides: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    return *strides["q"][:3], *strides["k"][:3], *strides["v"][:3], *strides.get("score", (0, 0, 0))
+
+
+def _tensors(scoring: str, cached: bool) -> tuple[str, str, str, str, str]:
+    # What is not there is named after another tensor; no kernel reads it.
+    return "q", "k", "v", "score" if scoring != "none" else "q", "position" if cached else "q"
+
+
+def _cells(
+    B: int, T: int, H: int, K: int, A: int, P: int, L: int, scoring: str, cached: bool, values: Mapping[str, Any],
+    strides: Mapping[str, tuple[int, ...]]
+) -> Plan:  # fmt: skip
+    G, R = H // K, values["BLOCK_R"]
+    heads = min(G, R)
+    queries = R // heads
+    constants = {
+        "H": H, "K": K, "A": A, "P": P, "BLOCK_P": block_of(P), "HEADS": heads, "QUERIES": queries, "BLOCK_R": R,
+        "BLOCK_N": values["BLOCK_N"], "SCALE": P**-0.5, "SCORING": scoring, "HAS_POSITION": cached,
+    }  # fmt: skip
+    grid = (blocks(T, queries), K * blocks(G, heads), B)
+    arguments: tuple[str | int, ...] = (*_tensors(scoring, cached), "out", *_outer(strides), T, L)
+    return Plan((Launch(kernels.attend_cells, grid, arguments, constants, values["num_warps"], values["num_stages"]),))
+
+
+def _shares(
+    B: int, T: int, H: int, K: int, A: int, P: int, L: int, scoring: str, cached: bool, values: Mapping[str, Any],
+    strides: Mapping[str, tuple[int, ...]]
+) -> Plan:  # fmt: skip
+    G, N = H // K, values["BLOCK_N"]
+    R = block_of(T * G)
+    shares = shares_of(B * K, values["programs"], max(1, L // N))
+    dims = {"H": H, "K": K, "P": P, "BLOCK_P": block_of(P), "BLOCK_R": R}
+    partial = Launch(
+        kernels.attend_some_cells,
+        (shares, K, B),
+        (*_tensors(scoring, cached), "acc", "tops", *_outer(strides), T, L),
+        {**dims, "A": A, "BLOCK_N": N, "SCALE": P**-0.5, "SCORING": scoring},
+        values["num_warps"],
+        values["num_stages"],
+    )
+    combine = Launch(kernels.combine_shares, (T, H, B), ("acc", "tops", "out", T), {**dims, "SHARES": shares}, 4, 1)
+    scratch = {
+        "acc": Scratch((B, K, shares, R, P), torch.float32),
+        "tops": Scratch((B, K, shares, 2, R), torch.float32),
+    }
+    return Plan((partial, combine), scratch)

@@ -1,0 +1,283 @@
+"""The Triton kernels of keep-window, scored and cached attention against the float64 reference.
+
+B rows, T tokens, H query heads, K kv heads, A score heads, P head dimension, W window, S cells.
+"""
+
+import json
+import subprocess
+import sys
+from importlib.resources import files
+
+import pytest
+import torch
+
+from triton_support import DEVICE, DTYPES, ON_CUDA, check, needs_triton, random, scattered, wide  # first: it chooses the interpreter
+from wm_kernels.attention.definition import attention_reference
+from wm_kernels.keep_window_attention.definition import keep_window_attention_reference
+from wm_kernels.scored_attention.definition import scored_attention_reference
+
+pytestmark = needs_triton
+
+OP = "keep_window_attention"
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def coarse(score):
+    """Scores of which many are equal, zeros of both signs among them."""
+    return (score * 2).round() / 2
+
+
+def tokens(g, B, T, H, K, P, dtype=torch.float32, ties=False):
+    q, k, v = (random(g, B, T, heads, P, dtype=dtype) for heads in (H, K, K))
+    score = random(g, B, T, K)
+    return q, k, v, coarse(score) if ties else score
+
+
+def slots(g, B, K, W, P, used, dtype=torch.float32, ties=False, before=60):
+    """Slots of which `used` hold keys of positions below `before`, in no order, and that position."""
+    k, v, score = random(g, B, K, W, P, dtype=dtype), random(g, B, K, W, P, dtype=dtype), random(g, B, K, W)
+    position = torch.rand(B, K, max(W, before), generator=g).argsort(-1)[:, :, :W].to(DEVICE)
+    empty = torch.rand(B, K, W, generator=g).argsort(-1).to(DEVICE) >= used
+    k[empty], v[empty], position[empty] = 0, 0, -1
+    score = (coarse(score) if ties else score).masked_fill(empty, float("-inf"))
+    return (k, v, score, position), torch.full((B,), max(W, before), device=DEVICE)
+
+
+def by_position(leaves):
+    order = leaves[3].argsort(dim=-1, stable=True)
+    k, v = (leaf.gather(2, order.unsqueeze(-1).expand_as(leaf)) for leaf in leaves[:2])
+    return k, v, leaves[2].gather(2, order), leaves[3].gather(2, order)
+
+
+def assert_same_slots(actual, expected):
+    """The same keys, bit for bit, in any order."""
+    for a, e in zip(by_position(actual), by_position(expected), strict=True):
+        assert torch.equal(a.to(e.dtype), e)
+
+
+def keep(*args, **kwargs):
+    from wm_kernels.keep_window_attention.triton_op import keep_window_attention_triton
+
+    return keep_window_attention_triton(*args, **kwargs)
+
+
+def compare(dtype, call, state, position, valid, W):
+    """Functional, on a GPU twice, and in place, against the reference; tokens that do not count give finite outputs."""
+    given = state or (None,) * 4
+    expected = keep_window_attention_reference(*wide(call), *wide(given), position, valid, W)
+    out, after = keep(*call, state, position, valid, W)
+    if ON_CUDA:
+        again, after_again = keep(*call, state, position, valid, W)
+        assert torch.equal(out, again)
+        assert state is None or all(torch.equal(a, b) for a, b in zip(after, after_again, strict=True))
+    T = out.shape[1]
+    counts = torch.arange(T, device=DEVICE) < (torch.full_like(call[0][:, :1, 0, 0], T) if valid is None else valid.unsqueeze(1))
+    assert out.isfinite().all()
+    check(OP, dtype, out[counts], expected[0][counts])
+    if state is None:
+        return
+    assert_same_slots(after, expected[1:])
+    leaves = tuple(leaf.clone() for leaf in state)
+    in_place, _ = keep(*call, leaves, position, valid, W, in_place=True)
+    assert torch.equal(in_place, out)
+    assert_same_slots(leaves, expected[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("T", "H", "K", "P", "W", "used", "valid", "ties"),
+    [
+        (5, 4, 2, 16, 8, None, None, False),  # no key can leave
+        (37, 2, 1, 16, 7, None, None, False),
+        (17, 3, 3, 12, 5, 0, None, False),  # slots, all of them empty
+        (16, 3, 1, 8, 5, 3, [16, 0, 9], True),
+        (8, 4, 1, 16, 1, 1, [8, 3, 8], True),
+        (9, 4, 2, 16, 30, 20, None, True),  # more slots than tokens
+        (1, 4, 1, 16, 7, 7, None, True),
+        (1, 6, 2, 12, 40, 9, [1, 0, 1], True),
+        (1, 4, 2, 16, 33, 33, None, False),
+        (1, 2, 2, 16, 6, 0, [0, 1, 0], False),  # a row without any key
+    ],
+)
+def test_keep_window_attention(dtype, T, H, K, P, W, used, valid, ties):
+    g, B = seeded(T), 3 if valid else 1
+    call = tokens(g, B, T, H, K, P, dtype, ties)
+    state, position = (None, None) if used is None else slots(g, B, K, W, P, used, dtype, ties)
+    compare(dtype, call, state, position, None if valid is None else torch.tensor(valid, device=DEVICE), W)
+
+
+@pytest.mark.skipif(not ON_CUDA, reason="too much for the interpreter")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [1, 31, 32, 33, 127, 128, 129, 2047, 2048, 2049, 4099])
+@pytest.mark.parametrize(("H", "K", "P", "W", "used"), [(16, 4, 128, 256, 100), (6, 2, 80, 77, 77), (8, 8, 64, 2048, 0)])
+def test_keep_window_attention_at_full_tiles(dtype, T, H, K, P, W, used):
+    g = seeded(T)
+    call = tokens(g, 1, T, H, K, P, dtype, ties=bool(T % 2))
+    compare(dtype, call, None, None, None, W)
+    compare(dtype, call, *slots(g, 1, K, W, P, used, dtype, ties=bool(T % 2), before=3 * W), None, W)
+
+
+@pytest.mark.parametrize("scores", ["rising", "falling", "equal", "large"])
+def test_keep_window_attention_of_ordered_scores(scores):
+    T, W = (23, 6) if not ON_CUDA else (3000, 512)
+    call = tokens(seeded(), 1, T, 2, 1, 16)
+    ramp = torch.linspace(-1, 1, T, device=DEVICE)
+    score = {"rising": ramp, "falling": -ramp, "equal": ramp * 0 - 0.0, "large": 2e38 * ramp}[scores]
+    if scores == "equal":
+        score[::3] = 0.0  # equals -0.0, so that the later one is kept
+    compare(torch.float32, (*call[:3], score.view(1, T, 1)), None, None, None, W)
+
+
+def test_keep_window_attention_in_pieces_is_that_of_the_whole():
+    g, W = seeded(3), 9
+    call = tokens(g, 1, 31, 2, 1, 16, ties=True)
+    state, position = slots(g, 1, 1, W, 16, 4, ties=True)
+    whole, after = keep(*call, state, position, None, W)
+    pieces, leaves = [], tuple(leaf.clone() for leaf in state)
+    for part in zip(*(x.split([11, 1, 16, 3], 1) for x in call), strict=True):
+        pieces.append(keep(*part, leaves, position + sum(piece.shape[1] for piece in pieces), None, W, in_place=True)[0])
+    check(OP, torch.float32, torch.cat(pieces, 1), whole.double())
+    assert_same_slots(leaves, after)
+
+
+@pytest.mark.parametrize("T", [1, 19])
+def test_keep_window_attention_of_any_strides(T):
+    g, W = seeded(4), 6
+    call = tokens(g, 2, T, 4, 2, 16)
+    state, position = slots(g, 2, 2, W, 16, 5)
+    expected, after = keep(*call, state, position, None, W)
+    strided = [scattered(x, seed) for seed, x in enumerate(call)]
+    strided[2] = call[2].transpose(2, 3).contiguous().transpose(2, 3)  # no contiguous rows: copied
+    strided[3] = call[3].transpose(1, 2).contiguous().transpose(1, 2)
+    leaves = [scattered(leaf.clone(), 9 + seed) for seed, leaf in enumerate(state)]
+    leaves[0] = state[0].transpose(2, 3).contiguous().transpose(2, 3)
+    leaves[3] = state[3].transpose(1, 2).contiguous().transpose(1, 2)
+    got, _ = keep(*strided, tuple(leaves), position, None, W, in_place=True)
+    assert torch.equal(got, expected)
+    assert_same_slots(leaves, after)
+
+
+def test_scratch_is_linear_in_tokens():
+    from wm_kernels.keep_window_attention.plan import Call, plan, regime
+
+    def size(T):
+        strides = (*((name, (T * 512, 512, 128, 1)) for name in "qkv"), ("score", (T * 4, 4, 1)))
+        made = plan(Call(1, T, 4, 4, 128, 2048, False, False, False, torch.bfloat16, "sm_90", strides))
+        return sum(torch.Size(s.shape).numel() * s.dtype.itemsize for s in made.scratch.values())
+
+    assert size(2**17) <= 2.01 * size(2**16)
+    assert size(2**17) <= 2**17 * 4 * 2 * 128 * 2  # less than the keys and values of the call
+    assert [regime(1, 8, True), regime(2, 8, True), regime(8, 8, False), regime(9, 8, False)] == ["step", "listed", "causal", "listed"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("T", "H", "K", "A", "P", "S", "scoring", "cached"),
+    [
+        (33, 4, 2, 1, 16, 50, "none", True),
+        (17, 6, 2, 1, 12, 17, "none", False),
+        (40, 6, 2, 3, 12, 60, "additive", True),  # score heads that are no multiple of kv heads
+        (37, 4, 2, 1, 12, 37, "binary", False),
+        (23, 4, 1, 4, 12, 60, "additive", True),
+        (1, 4, 2, 4, 12, 60, "additive", True),
+        (3, 4, 2, 2, 12, 60, "binary", True),
+        (1, 6, 3, 1, 12, 60, "none", True),
+    ],
+)
+def test_attention_over_cells(dtype, T, H, K, A, P, S, scoring, cached):
+    from wm_kernels.attention.triton_op import attend_triton
+
+    g, B = seeded(T), 2
+    q, k, v, _ = tokens(g, B, T, H, K, P, dtype)
+    score = random(g, B, T, A) + 0.8
+    caches = (random(g, B, K, S, P, dtype=dtype), random(g, B, K, S, P, dtype=dtype), random(g, B, A, S) + 0.8)
+    position = torch.tensor([0, S - T], device=DEVICE) if cached else None
+    given = caches if cached else (None,) * 3
+    if scoring == "none":
+        expected, *written = attention_reference(*wide((q, k, v)), *wide(given[:2]), position, None)
+    else:
+        expected, *written = scored_attention_reference(*wide((q, k, v, score)), *wide(given), position, None, scoring, 0.0)
+    cells = (k.transpose(1, 2), v.transpose(1, 2), score.transpose(1, 2))
+    if cached:
+        cells = tuple(leaf.to(cell.dtype) for leaf, cell in zip(written, cells[: len(written)], strict=True))
+    cells = [scattered(cell, seed) for seed, cell in enumerate(cells)]
+    scores = cells[2] if scoring != "none" else None
+    got = attend_triton(scattered(q, 5), cells[0], cells[1], position, scores, scoring)
+    check("scored_attention", dtype, got, expected)
+    assert torch.equal(got, attend_triton(q, cells[0], cells[1], position, scores, scoring))
+
+
+def test_wider_heads_have_smaller_tiles():
+    from wm_kernels.attention.plan import fitted
+
+    assert fitted({"BLOCK_R": 128, "BLOCK_N": 64, "num_warps": 8}, 512) == {"BLOCK_R": 32, "BLOCK_N": 16, "num_warps": 8}
+
+
+@pytest.mark.skipif(not ON_CUDA, reason="no CUDA device on this machine")
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("T", [1, 300])
+def test_the_ops_launch_the_kernels_on_cuda(T, in_place):
+    g, W = seeded(), 64
+    call = tokens(g, 2, T, 4, 2, 64, torch.bfloat16)
+    state, position = slots(g, 2, 2, W, 64, 40, torch.bfloat16)
+    expected, after = keep(*call, state, position, None, W)
+    leaves = [leaf.clone() for leaf in state]
+    name = "keep_window_attention_" if in_place else "keep_window_attention"
+    got = getattr(torch.ops.wm, name)(*call, *leaves, position, None, W)
+    got, *leaves = (got, *leaves) if in_place else got
+    assert torch.equal(got, expected)
+    assert_same_slots(leaves, after)
+
+
+COMPILE = """
+import json, sys, torch
+from wm_kernels.attention.plan import plan as cells
+from wm_kernels.keep_window_attention.plan import Call, plan
+from wm_kernels.triton_compile import compile_plan
+
+dtype = getattr(torch, sys.argv[1])
+B, H, K, P, W, T = 1, 16, 4, 128, 2048, 4096
+of = {name: dtype for name in ("q", "k", "v", "slot_k", "slot_v", "new_k", "new_v", "out")}
+of |= {name: torch.float32 for name in ("score", "slot_score", "new_score")}
+of |= {name: torch.int64 for name in ("slot_position", "new_position", "position", "valid")}
+slot = {name: (K * W * P, W * P, P, 1) for name in ("slot_k", "slot_v", "new_k", "new_v")}
+slot |= {name: (K * W, W, 1) for name in ("slot_score", "slot_position", "new_score", "new_position")}
+
+def call(T, B):
+    token = {"q": (T * H * P, H * P, P, 1), "k": (T * K * P, K * P, P, 1), "v": (T * K * P, K * P, P, 1), "score": (T * K, K, 1)}
+    return plan(Call(B, T, H, K, P, W, True, True, False, dtype, "sm_90", tuple((token | slot).items())))
+
+caches = tuple({"q": (T * H * P, H * P, P, 1), "k": (K * W * P, P, W * P, 1), "v": (K * W * P, P, W * P, 1)}.items())
+plans = [call(T, 1), call(1, 1), call(1, 64), *(cells(1, n, H, K, 1, P, W, "none", True, dtype, "sm_90", caches) for n in (1, 512))]
+made = [(launch.kernel.__name__, kernel) for p in plans for launch, kernel in zip(p.launches, compile_plan(p, of, 90), strict=True)]
+print(json.dumps([{"kernel": name, "shared": k.metadata.shared, "async": "cp.async.cg" in k.asm["ptx"]} for name, k in made]))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_configuration_compiles_for_sm_90(dtype):
+    # In a process of its own: this one may be the interpreter's.
+    done = subprocess.run([sys.executable, "-c", COMPILE, dtype], capture_output=True, text=True, check=False, env=_compiler_environment())
+    assert done.returncode == 0, done.stderr[-2000:]
+    made = json.loads(done.stdout)
+    assert len({one["kernel"] for one in made}) == 10
+    assert all(one["shared"] <= 227 * 1024 for one in made)
+    # Rows are copied 16 bytes at a time, straight to shared memory.
+    assert all(one["async"] for one in made if one["kernel"].startswith("attend") and (dtype, one["kernel"]) != ("float32", "attend_cells"))
+
+
+def _compiler_environment():
+    import os
+
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": ":".join(sys.path)}
+
+
+@pytest.mark.parametrize("op", ["attention", OP])
+def test_the_last_configurations_serve_every_architecture(op):
+    rows = json.loads(files("wm_kernels").joinpath(op, "triton_configs.json").read_text(encoding="utf-8"))
+    for regime in {row["regime"] for row in rows}:
+        last = [row for row in rows if row["regime"] == regime][-1]
+        assert set(last) == {"regime", "values"}
