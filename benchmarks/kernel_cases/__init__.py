@@ -1,0 +1,51 @@
+"""What `benchmarks/kernels.py` measures: one `Case` per op, shape and dtype, from the module of each family here."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+Inputs = dict[str, Any]
+Peer = Callable[[Inputs], Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    Attributes:
+        op: name without `wm::`, or of a layer.
+        name: of the shape, unique for the op: `S1`, `M`, `T 512 B 1`.
+        dtype: `float32`, `float16` or `bfloat16`.
+        make: the inputs, on the current CUDA device, from a fixed seed.
+        ours: runs the op on the inputs.
+        oracle: runs the op on the inputs, and gives the worst error over its budget: at most 1 is right.
+        peers: by name, what makes a callable from the inputs; ImportError or RuntimeError with the reason where it cannot run.
+            One may be a part of another's work, such as the mask or the rotation that a peer lacks.
+        bytes: fewest that the op must move through device memory.
+        flops: floating-point operations it must do.
+        bars: what is to be reached, by one of these texts:
+            `× PEER`            at least this ratio of the peer's time to ours; `× PEER + PART` adds the times of several
+            `copy rate`         at least this share of the measured copy rate
+            `matmul rate`       at least this share of the measured bf16 matmul rate
+            `memory ÷ PEER`     at most this ratio of our extra memory to the peer's
+            `time ÷ CASE`       at most this ratio of our time to our time in the named case of the same op and dtype
+            `launches`          at most this many kernels in one call
+    """
+
+    op: str
+    name: str
+    dtype: str
+    make: Callable[[], Inputs]
+    ours: Callable[[Inputs], Any]
+    oracle: Callable[[Inputs], float]
+    peers: Mapping[str, Peer] = field(default_factory=dict)
+    bytes: int = 0
+    flops: int = 0
+    bars: Mapping[str, float] = field(default_factory=dict)
+
+
+def all_cases() -> list[Case]:
+    """The cases of every family, in the order of their modules' names."""
+    return [case for module in iter_modules(__path__) for case in import_module(f"{__name__}.{module.name}").cases()]

@@ -1,0 +1,41 @@
+"""What the CUDA implementations of the ops share: whether Triton can serve a call, and tensors in the form that kernels take."""
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+# float64 is the reference's: it is the oracle that kernels are judged by.
+SERVED = frozenset((torch.float32, torch.float16, torch.bfloat16))
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed; the reference serves where it is not."""
+    return find_spec("triton") is not None
+
+
+def served(*tensors: Tensor | None) -> bool:
+    """Whether Triton kernels take these tensors: it is installed, and none is float64 or of a dtype without kernels."""
+    return has_triton() and all(tensor is None or tensor.dtype in SERVED for tensor in tensors)
+
+
+def inner_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor itself where its last axis has stride 1, otherwise a contiguous copy: kernels read rows of 16 bytes a thread."""
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16: the key of configurations."""
+    return str(dtype).removeprefix("torch.")
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that is at least `size`."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def blocks(size: int, block: int) -> int:
+    """How many blocks cover `size`."""
+    return -(-size // block)
