@@ -1,8 +1,9 @@
 """What `benchmarks/kernels.py` measures: one `Case` per op, shape and dtype, from the module of each family here."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from itertools import product
 from pkgutil import iter_modules
 from typing import Any
 
@@ -46,6 +47,39 @@ class Case:
     bars: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Space:
+    """Configurations that `benchmarks/tune.py` tries for one regime of an op.
+
+    Attributes:
+        case: what is timed; its op's `triton_configs.json` gets the row.
+        regime: the regime that the case is in.
+        dims: the dimensions that the row names, by letter; empty for a row that serves all.
+        start: the values to begin with; all of them.
+        groups: what is tried, group after group, with everything that a group does not name at its best so far.
+    """
+
+    case: Case
+    regime: str
+    dims: Mapping[str, int]
+    start: Mapping[str, int]
+    groups: Sequence[Sequence[Mapping[str, int]]]
+
+
+def grid(**values: Sequence[int]) -> list[dict[str, int]]:
+    """The product of lists of values by name, as a group of a `Space`."""
+    return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
+
+
 def all_cases() -> list[Case]:
-    """The cases of every family, in the order of their modules' names."""
-    return [case for module in iter_modules(__path__) for case in import_module(f"{__name__}.{module.name}").cases()]
+    """The cases of every family, in the order of their modules' names; names that start with _ are helpers."""
+    return [case for family in _families() for case in family.cases()]
+
+
+def all_spaces() -> list[Space]:
+    """The spaces of every family that has any: a function `spaces` beside `cases`."""
+    return [space for family in _families() if hasattr(family, "spaces") for space in family.spaces()]
+
+
+def _families() -> list[Any]:
+    return [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__) if not module.name.startswith("_")]

@@ -195,7 +195,7 @@ def ssd_scan(
 
 def has_kernel(x_BTHP: Tensor, B_BTGN: Tensor, C_BTGN: Tensor) -> bool:
     """Whether a scan on CUDA goes to the Triton kernels. float64 stays with the reference, which is the oracle there too."""
-    return x_BTHP.shape[1] > 0 and x_BTHP.dtype == B_BTGN.dtype == C_BTGN.dtype and served(x_BTHP)
+    return x_BTHP.dim() == 4 and x_BTHP.shape[1] > 0 and x_BTHP.dtype == B_BTGN.dtype == C_BTGN.dtype and served(x_BTHP)
 
 
 @ssd_scan.register_kernel("cuda")
@@ -208,11 +208,14 @@ def _(
     state_BHNP: Tensor | None,
     valid_B: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    check_scan("ssd_scan", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B)
     if has_kernel(x_BTHP, B_BTGN, C_BTGN):
         from wm_kernels.ssd_scan.triton_op import ssd_scan_triton
 
-        return ssd_scan_triton(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B)
+        def check() -> None:
+            check_scan("ssd_scan", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B)
+
+        return ssd_scan_triton(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B, check=check)
+    check_scan("ssd_scan", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B)
     y_BTHP, state = scan(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B)
     return y_BTHP.contiguous(), state.contiguous()
 
@@ -259,11 +262,14 @@ def _(
     state_BHNP: Tensor,
     valid_B: Tensor | None,
 ) -> Tensor:
-    check_scan("ssd_scan_", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B)
     if has_kernel(x_BTHP, B_BTGN, C_BTGN):
         from wm_kernels.ssd_scan.triton_op import ssd_scan_triton
 
-        return ssd_scan_triton(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B, in_place=True)[0]
+        def check() -> None:
+            check_scan("ssd_scan_", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B)
+
+        return ssd_scan_triton(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B, check=check, in_place=True)[0]
+    check_scan("ssd_scan_", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B)
     return scan_(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B).contiguous()
 
 

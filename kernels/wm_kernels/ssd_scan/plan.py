@@ -14,7 +14,7 @@ from wm_kernels.triton_configs import config
 from wm_kernels.triton_launch import Launch, Plan, Scratch
 from wm_kernels.triton_support import blocks, dtype_name, power_of_two
 
-REGIMES = ("tokens", "sweep", "narrow", "fold", "carry")
+REGIMES = ("tokens", "sweep", "crowd", "narrow", "fold", "carry")
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,16 @@ def regime(call: ScanCall) -> str:
 
     Returns:
         `tokens`: one launch, token after token. Else chunks are prepared, and then `sweep`: each program walks all chunks of a row, a head
-        and a tile of P, where these are enough to fill the device. `narrow`: the same with small tiles, where there are few and T is small.
-        `fold`: segments of chunks side by side, each adding up the states that those before it leave. `carry`: these are added up once.
+        and a tile of P, where these are about as many as multiprocessors. `crowd`: the same for more, several to a multiprocessor.
+        `narrow`: the same with small tiles, where there are few and T is small. `fold`: segments of chunks side by side, each adding up the
+        states that those before it leave. `carry`: these are added up once.
     """
     if call.T == 1 or call.exact:
         return "tokens"
-    wide = values(call, "sweep")
-    if _programs(call, wide) >= wide["programs"]:
+    programs = _programs(call, values(call, "sweep"))
+    if programs >= values(call, "crowd")["programs"]:
+        return "crowd"
+    if programs >= values(call, "sweep")["programs"]:
         return "sweep"
     if values(call, "narrow")["up_to"] >= call.T:
         return "narrow"
@@ -180,7 +183,7 @@ def _prepare(call: ScanCall, chosen: Any, chunks: int) -> Launch:
     return _launch(
         call,
         _kernels().prepare,
-        (chunks, call.B, shares),
+        (shares, chunks, call.B),
         (*tensors, call.T, *strides),
         constants,
         {"num_warps": chosen["prepare_warps"], "num_stages": 1},
@@ -190,7 +193,7 @@ def _prepare(call: ScanCall, chosen: Any, chunks: int) -> Launch:
 def _tiles(call: ScanCall, chosen: Any) -> dict[str, Any]:
     sizes = {"P": call.P, "BLOCK_Q": chosen["BLOCK_Q"], "BLOCK_P": _block_p(call, chosen), "BLOCK_N": max(16, power_of_two(call.N))}
     strides = {"x_t": call.x_BTH[1], "B_t": call.B_BTG[1]}
-    return sizes | strides | {"HAS_STATE": call.has_state, "EXACT": call.dtype == torch.float32, "FLIP": chosen["flip"]}
+    return sizes | strides | {"HAS_STATE": call.has_state, "EXACT": call.dtype == torch.float32}
 
 
 def _segment_states(call: ScanCall, chosen: Any, segment: int, segments: int) -> Launch:

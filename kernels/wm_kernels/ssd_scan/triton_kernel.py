@@ -3,6 +3,9 @@
 B batch   T tokens   H heads   P head dimension   G groups   N state   F rotated pairs   Q tokens of one chunk (also its source axis: q)
 J chunks   K segments of consecutive chunks; slot k of a row and head is the state at the start of segment k
 
+States are held transposed, [P, N], while chunks are walked: as a product leaves one in registers, it is the left operand of the next. So
+neither states nor decayed inputs pass through shared memory, where tensor cores would wait for the stores.
+
 A prefill is `prepare` for all chunks at once, then `scan_segments`; with K > 1 `segment_states` comes between, and perhaps `carry_states`.
 One token is `scan_tokens`.
 """
@@ -55,20 +58,20 @@ def prepare(
     none is lost: multiples of 1/256 add up exactly, and what is left of them stays small and has its own sum. Half precision does without
     and keeps, in place of dt_s, the sum up to s less log2(dt_s), so that one exponent makes the factor.
 
-    Grid: J, B, programs that share the heads and groups of a chunk.
+    Grid: programs that share the heads and groups of a chunk, J, B: those that run side by side read whole rows.
     """
-    chunk = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
-    share = tl.program_id(2)
+    chunk = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    share = tl.program_id(0)
     zero = tl.full((), 0, tl.int64)
-    padded = (zero + tl.num_programs(0)) * BLOCK_Q
+    padded = (zero + tl.num_programs(1)) * BLOCK_Q
     at = (zero + chunk) * BLOCK_Q
     valid = T
     if HAS_VALID:
         valid = tl.minimum(tl.load(valid_ptr + b), T).to(tl.int32)
     count = valid - chunk * BLOCK_Q
     q = tl.arange(0, BLOCK_Q)
-    for first in tl.range(share * BLOCK_H, H, tl.num_programs(2) * BLOCK_H):
+    for first in tl.range(share * BLOCK_H, H, tl.num_programs(0) * BLOCK_H):
         h = first + tl.arange(0, BLOCK_H)
         rate_H = tl.load(A_ptr + h * A_h, mask=h < H, other=0.0) * LOG2E
         mask = (q < count)[:, None] & (h < H)[None, :]
@@ -90,7 +93,7 @@ def prepare(
         n = tl.arange(0, BLOCK_N)
         cos_QF = _tile(cos_ptr + b * cos_b + at * cos_t, cos_t, q, f, count, F, F == BLOCK_F).to(tl.float32)
         sin_QF = _tile(sin_ptr + b * sin_b + at * sin_t, sin_t, q, f, count, F, F == BLOCK_F).to(tl.float32)
-        for g in tl.range(share, G, tl.num_programs(2)):
+        for g in tl.range(share, G, tl.num_programs(0)):
             to = ((b * G + g) * T + at) * N
             B_at = B_ptr + b * B_b + at * B_t + g * B_g
             C_at = C_ptr + b * C_b + at * C_t + g * C_g
@@ -126,39 +129,21 @@ def _left(ptr, at, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _state_at(ptr, n_stride, n, p, FLIP: tl.constexpr):
-    """Addresses of a state as [N, P], or with FLIP as [P, N]."""
-    if FLIP:
-        return ptr + n[None, :] * n_stride + p[:, None]
-    else:
-        return ptr + n[:, None] * n_stride + p[None, :]
+def _state_at(ptr, n_stride, n, p):
+    """Addresses of a state, transposed."""
+    return ptr + n[None, :] * n_stride + p[:, None]
 
 
 @triton.jit
-def _state_mask(n, p, N: tl.constexpr, P: tl.constexpr, FLIP: tl.constexpr):
-    if FLIP:
-        return (n < N)[None, :] & (p < P)[:, None]
-    else:
-        return (n < N)[:, None] & (p < P)[None, :]
+def _state_mask(n, p, N: tl.constexpr, P: tl.constexpr):
+    return (n < N)[None, :] & (p < P)[:, None]
 
 
 @triton.jit
-def _no_state(BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, FLIP: tl.constexpr):
-    if FLIP:
-        return tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    else:
-        return tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
-
-
-@triton.jit
-def _added(state, decay, weight_Q, x_QP, B_QN, FLIP: tl.constexpr):
-    """decay * S + B^T (weight x)."""
-    if FLIP:
-        x_PQ = (tl.trans(x_QP).to(tl.float32) * weight_Q[None, :]).to(x_QP.dtype)
-        return tl.dot(x_PQ, B_QN, state * decay, input_precision="ieee")
-    else:
-        x_QP = (x_QP.to(tl.float32) * weight_Q[:, None]).to(x_QP.dtype)
-        return tl.dot(tl.trans(B_QN), x_QP, state * decay, input_precision="ieee")
+def _added(state_PN, decay, weight_Q, x_QP, B_QN):
+    """decay * S + B^T (weight x), transposed."""
+    x_PQ = (tl.trans(x_QP).to(tl.float32) * weight_Q[None, :]).to(x_QP.dtype)
+    return tl.dot(x_PQ, B_QN, state_PN * decay, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["T", "segment"])
@@ -167,7 +152,7 @@ def segment_states(
     T, segment, x_b, x_h, B_b, B_g, state_b, state_h, state_n,
     H: tl.constexpr, P: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, x_t: tl.constexpr, B_t: tl.constexpr,
-    HAS_STATE: tl.constexpr, HAS_VALID: tl.constexpr, EXACT: tl.constexpr, FLIP: tl.constexpr,
+    HAS_STATE: tl.constexpr, HAS_VALID: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Slot k > 0: what segment k - 1 adds to a zero state, and its decay; slot 0: the initial state.
 
@@ -194,10 +179,10 @@ def segment_states(
     padded = (zero + tl.cdiv(T, BLOCK_Q)) * BLOCK_Q
     first = tl.maximum(slot - 1, 0) * segment
     last = tl.minimum(slot * segment, valid)  # nothing at all for slot 0
-    mask = _state_mask(n, p, N, P, FLIP)
-    state = _no_state(BLOCK_N, BLOCK_P, FLIP)
+    mask = _state_mask(n, p, N, P)
+    state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if HAS_STATE and slot == 0:
-        state = tl.load(_state_at(state_ptr + b * state_b + h * state_h, state_n, n, p, FLIP), mask=mask, other=0.0)
+        state = tl.load(_state_at(state_ptr + b * state_b + h * state_h, state_n, n, p), mask=mask, other=0.0)
     total = tl.full((), 1.0, tl.float32)
     for start in tl.range(first, last, BLOCK_Q):
         at = zero + start
@@ -209,10 +194,10 @@ def segment_states(
         weight_Q = _weight(whole, left, step_Q, tl.load(sum_ptr + here + q), _left(left_ptr, here + q, EXACT), EXACT)
         x_QP = _tile(x_ptr + at * x_t, x_t, q, p, valid - start, P, P % BLOCK_P == 0)
         B_QN = _tile(B_ptr + at * B_t, B_t, q, n, valid - start, N, N == BLOCK_N)
-        state = _added(state, decay, weight_Q, x_QP, B_QN, FLIP)
+        state = _added(state, decay, weight_Q, x_QP, B_QN)
         total = total * decay
     slot_ptr += (row * segments + slot) * (N * P)
-    tl.store(_state_at(slot_ptr, P, n, p, FLIP), state, mask=mask)
+    tl.store(_state_at(slot_ptr, P, n, p), state, mask=mask)
     if tl.program_id(0) == 0:
         tl.store(decay_ptr + row * segments + slot, total)
 
@@ -242,7 +227,7 @@ def scan_segments(
     T, segment, x_b, x_h, B_b, B_g, C_b, C_g, state_b, state_h, state_n, out_b, out_h, out_n,
     H: tl.constexpr, P: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, x_t: tl.constexpr, B_t: tl.constexpr, C_t: tl.constexpr,
-    HAS_STATE: tl.constexpr, HAS_VALID: tl.constexpr, EXACT: tl.constexpr, FLIP: tl.constexpr, START: tl.constexpr,
+    HAS_STATE: tl.constexpr, HAS_VALID: tl.constexpr, EXACT: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
     """Walk the chunks of one segment with the state in registers: outputs, and from the last segment the final state.
 
@@ -266,17 +251,17 @@ def scan_segments(
     C_ptr += b * C_b + g * C_g
     y_ptr += b * T * (H * P) + h * P
     padded = (zero + tl.cdiv(T, BLOCK_Q)) * BLOCK_Q
-    mask = _state_mask(n, p, N, P, FLIP)
+    mask = _state_mask(n, p, N, P)
     if START == "initial":
-        from_at = _state_at(state_ptr + b * state_b + h * state_h, state_n, n, p, FLIP)
+        from_at = _state_at(state_ptr + b * state_b + h * state_h, state_n, n, p)
     elif START == "carried":
-        from_at = _state_at(slot_ptr + (row * segments + slot) * (N * P), P, n, p, FLIP)
+        from_at = _state_at(slot_ptr + (row * segments + slot) * (N * P), P, n, p)
     else:
-        from_at = _state_at(slot_ptr + row * segments * (N * P), P, n, p, FLIP)
+        from_at = _state_at(slot_ptr + row * segments * (N * P), P, n, p)
     if HAS_STATE or START == "carried":
         state = tl.load(from_at, mask=mask, other=0.0)
     else:
-        state = _no_state(BLOCK_N, BLOCK_P, FLIP)
+        state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if START == "fold":
         for earlier in tl.range(1, slot + 1):
             decay = tl.load(decay_ptr + row * segments + earlier)
@@ -301,21 +286,16 @@ def scan_segments(
         else:
             exponent_Qq = (score_Qq * 0.0 + sum_Q[:, None]) - step_Q[None, :]
         near_Qq = score_Qq * tl.exp2(tl.where(q[:, None] >= q[None, :], exponent_Qq, float("-inf")))
-        # From the state at its start.
-        decay_Q = tl.exp2(tl.minimum(sum_Q + left_Q, 0.0))
-        if FLIP:
-            y_QP = tl.dot(near_Qq.to(x_QP.dtype), x_QP, input_precision="ieee")
-            far_QP = y_QP * 0.0 + tl.trans(tl.dot(state.to(x_QP.dtype), tl.trans(C_QN), input_precision="ieee"))
-            y_QP += far_QP * decay_Q[:, None]
-        else:
-            y_QP = tl.dot(C_QN, state.to(x_QP.dtype), input_precision="ieee") * decay_Q[:, None]
-            y_QP = tl.dot(near_Qq.to(x_QP.dtype), x_QP, y_QP, input_precision="ieee")
+        # From the state at its start; here y * 0 keeps the layout of y, so that it is a vector and no tile whose loads are not pipelined.
+        y_QP = tl.dot(near_Qq.to(x_QP.dtype), x_QP, input_precision="ieee")
+        far_QP = y_QP * 0.0 + tl.trans(tl.dot(state.to(x_QP.dtype), tl.trans(C_QN), input_precision="ieee"))
+        y_QP += far_QP * tl.exp2(tl.minimum(sum_Q + left_Q, 0.0))[:, None]
         weight_Q = _weight(whole, left, step_Q, sum_Q, left_Q, EXACT)
-        state = _added(state, tl.exp2(tl.minimum(whole + left, 0.0)), weight_Q, x_QP, B_QN, FLIP)
+        state = _added(state, tl.exp2(tl.minimum(whole + left, 0.0)), weight_Q, x_QP, B_QN)
         y_mask = (q < T - start)[:, None] & (p < P)[None, :]
         tl.store(y_ptr + at * (H * P) + q[:, None] * (H * P) + p[None, :], y_QP.to(y_ptr.dtype.element_ty), mask=y_mask)
     if slot == segments - 1:
-        tl.store(_state_at(out_ptr + b * out_b + h * out_h, out_n, n, p, FLIP), state, mask=mask)
+        tl.store(_state_at(out_ptr + b * out_b + h * out_h, out_n, n, p), state, mask=mask)
 
 
 @triton.jit
@@ -348,10 +328,10 @@ def scan_tokens(
     n = tl.arange(0, BLOCK_N)
     b, h = row // H, row % H
     g = h // (H // G)
-    mask = _state_mask(n, p, N, P, False)
+    mask = (n < N)[:, None] & (p < P)[None, :]
     state = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
     if HAS_STATE:
-        state = tl.load(_state_at(state_ptr + b * state_b + h * state_h, state_n, n, p, False), mask=mask, other=0.0)
+        state = tl.load(state_ptr + b * state_b + h * state_h + n[:, None] * state_n + p[None, :], mask=mask, other=0.0)
     valid = T
     if HAS_VALID:
         valid = tl.minimum(tl.load(valid_ptr + b), T).to(tl.int32)
@@ -374,4 +354,4 @@ def scan_tokens(
         tl.store(y_ptr + at * (H * P), y_P.to(y_ptr.dtype.element_ty), mask=p < P)
     for t in tl.range(valid, T):  # tokens that do not count
         tl.store(y_ptr + (zero + t) * (H * P), tl.zeros((BLOCK_P,), y_ptr.dtype.element_ty), mask=p < P)
-    tl.store(_state_at(out_ptr + b * out_b + h * out_h, out_n, n, p, False), state, mask=mask)
+    tl.store(out_ptr + b * out_b + h * out_h + n[:, None] * out_n + p[None, :], state, mask=mask)

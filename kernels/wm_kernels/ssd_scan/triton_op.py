@@ -3,14 +3,27 @@
 B batch   T tokens   H heads   P head dimension   G groups   N state   F rotated pairs
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from wm_kernels.ssd_scan.plan import ScanCall, plan
-from wm_kernels.triton_launch import architecture, run
+from wm_kernels.triton_launch import Plan, architecture, run
 
 FAR = 2**23  # a token stride up to which 32 bits hold the offsets inside a chunk
+KNOWN = 1024  # calls whose plans are kept: to look at every argument anew costs more than a step's launch
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a call of certain shapes, strides and dtypes comes to; `copied` names the tensors that must be made contiguous first."""
+
+    plan: Plan
+    copied: tuple[str, ...]
+
+
+_known: dict[tuple[object, ...], _Known] = {}
 
 
 def ssd_scan_triton(
@@ -25,8 +38,9 @@ def ssd_scan_triton(
     sin_BTF: Tensor | None = None,
     in_place: bool = False,
     numerics: str = "fast",
+    check: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`ssd_scan_reference`, or with angles `ssd_scan_rope_reference`, of arguments already checked.
+    """`ssd_scan_reference`, or with angles `ssd_scan_rope_reference`, through the kernels.
 
     Products take operands rounded to the dtype of x; sums and the state are float32. A tensor whose last axis is not contiguous is copied.
 
@@ -42,27 +56,56 @@ def ssd_scan_triton(
         sin_BTF: as cos.
         in_place: write the new state into `state_BHNP`, which must be given.
         numerics: "fast", or "exact": T tokens give the bits of T calls of one token, and of any split; token after token in float32.
+        check: raises where the arguments are wrong; called unless a call of the same shapes and dtypes has passed it.
 
     Returns:
         (y_BTHP, contiguous; state_BHNP: the one given if `in_place`, else a new contiguous one).
     """
-    (B, T, H, P), N = x_BTHP.shape, B_BTGN.shape[3]
-    given = {"x": _rows(x_BTHP), "dt": dt_BTH, "A": A_H, "B": _rows(B_BTGN), "C": _rows(C_BTGN)}
-    if cos_BTF is not None and sin_BTF is not None and cos_BTF.shape[-1] > 0:
-        given |= {"cos": _rows(cos_BTF), "sin": _rows(sin_BTF)}
+    given = {"x": x_BTHP, "dt": dt_BTH, "A": A_H, "B": B_BTGN, "C": C_BTGN}
+    if cos_BTF is not None and sin_BTF is not None:
+        given |= {"cos": cos_BTF, "sin": sin_BTF}
     if valid_B is not None:
-        given["valid"] = valid_B.contiguous()
+        given["valid"] = valid_B
     if state_BHNP is not None:
-        given["state"] = _rows(state_BHNP)
-    direct = in_place and state_BHNP is not None and given["state"] is state_BHNP
+        given["state"] = state_BHNP
+    key = (in_place, numerics, x_BTHP.device, *((name, value.dtype, value.shape, value.stride()) for name, value in given.items()))
+    known = _known.get(key)
+    if known is None:
+        if check is not None:
+            check()
+        known = _know(given, in_place, numerics == "exact")
+        if len(_known) >= KNOWN:
+            _known.clear()
+        _known[key] = known
+    for name in known.copied:
+        given[name] = given[name].contiguous()
+    (B, T, H, P), N = x_BTHP.shape, B_BTGN.shape[3]
     y_BTHP = x_BTHP.new_empty((B, T, H, P))
+    direct = in_place and "state" not in known.copied
     out_BHNP = given["state"] if direct else dt_BTH.new_empty((B, H, N, P))
-    call = describe(given, out_BHNP, numerics == "exact")
-    run(plan(call), given | {"y": y_BTHP, "out": out_BHNP})
+    run(known.plan, given | {"y": y_BTHP, "out": out_BHNP})
     if in_place and not direct and state_BHNP is not None:
         state_BHNP.copy_(out_BHNP)
         return y_BTHP, state_BHNP
     return y_BTHP, out_BHNP
+
+
+def _know(given: Mapping[str, Tensor], in_place: bool, exact: bool) -> _Known:
+    copied = tuple(name for name, value in given.items() if _must_copy(name, value))
+    ready = {name: value.contiguous() if name in copied else value for name, value in given.items()}
+    x, state = ready["x"], ready.get("state")
+    B, _, H, P = x.shape
+    out = state if in_place and "state" not in copied else None
+    return _Known(plan(describe(ready, x.new_empty((B, H, ready["B"].shape[3], P)) if out is None else out, exact)), copied)
+
+
+def _must_copy(name: str, tensor: Tensor) -> bool:
+    """Whether a kernel cannot read it where it is: its last axis is not contiguous, or its tokens are very far from each other."""
+    if name in ("dt", "A"):
+        return False
+    if name == "valid":
+        return not tensor.is_contiguous()
+    return (tensor.stride(-1) != 1 and tensor.shape[-1] > 1) or tensor.stride(1) > FAR
 
 
 def describe(given: Mapping[str, Tensor], out_BHNP: Tensor, exact: bool = False) -> ScanCall:
@@ -78,7 +121,7 @@ def describe(given: Mapping[str, Tensor], out_BHNP: Tensor, exact: bool = False)
         P=P,
         G=G,
         N=N,
-        F=given["cos"].shape[-1] if "cos" in given else 0,
+        F=given["cos"].shape[-1] if "cos" in given else 0,  # with 0 angles as without
         x_BTH=_outer(given["x"], 3),
         dt_BTH=_outer(given["dt"], 3),
         A_H=given["A"].stride(),
@@ -92,12 +135,6 @@ def describe(given: Mapping[str, Tensor], out_BHNP: Tensor, exact: bool = False)
         has_valid="valid" in given,
         exact=exact,
     )
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor if its last axis is contiguous and its tokens are near each other, else a contiguous copy."""
-    near = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
-    return tensor if near and tensor.stride(1) <= FAR else tensor.contiguous()
 
 
 def _outer(tensor: Tensor | None, axes: int) -> tuple[int, ...]:

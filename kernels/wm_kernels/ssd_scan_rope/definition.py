@@ -106,11 +106,14 @@ def _(
     state_BHNP: Tensor | None,
     valid_B: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    _check("ssd_scan_rope", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, cos_BTF, sin_BTF, state_BHNP, valid_B)
     if has_kernel(x_BTHP, B_BTGN, C_BTGN):
         from wm_kernels.ssd_scan.triton_op import ssd_scan_triton
 
-        return ssd_scan_triton(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B, cos_BTF, sin_BTF)
+        def check() -> None:
+            _check("ssd_scan_rope", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, cos_BTF, sin_BTF, state_BHNP, valid_B)
+
+        return ssd_scan_triton(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B, cos_BTF, sin_BTF, check=check)
+    _check("ssd_scan_rope", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, cos_BTF, sin_BTF, state_BHNP, valid_B)
     B_rot, C_rot = _rotate(x_BTHP, B_BTGN, C_BTGN, cos_BTF, sin_BTF)
     y_BTHP, state = scan(x_BTHP, dt_BTH, A_H, B_rot, C_rot, state_BHNP, valid_B)
     return y_BTHP.contiguous(), state.contiguous()
@@ -165,11 +168,14 @@ def _(
     state_BHNP: Tensor,
     valid_B: Tensor | None,
 ) -> Tensor:
-    _check("ssd_scan_rope_", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, cos_BTF, sin_BTF, state_BHNP, valid_B)
     if has_kernel(x_BTHP, B_BTGN, C_BTGN):
         from wm_kernels.ssd_scan.triton_op import ssd_scan_triton
 
-        return ssd_scan_triton(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B, cos_BTF, sin_BTF, in_place=True)[0]
+        def check() -> None:
+            _check("ssd_scan_rope_", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, cos_BTF, sin_BTF, state_BHNP, valid_B)
+
+        return ssd_scan_triton(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B, cos_BTF, sin_BTF, check=check, in_place=True)[0]
+    _check("ssd_scan_rope_", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, cos_BTF, sin_BTF, state_BHNP, valid_B)
     B_rot, C_rot = _rotate(x_BTHP, B_BTGN, C_BTGN, cos_BTF, sin_BTF)
     return scan_(x_BTHP, dt_BTH, A_H, B_rot, C_rot, state_BHNP, valid_B).contiguous()
 
