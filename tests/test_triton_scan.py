@@ -187,6 +187,15 @@ def test_regimes_depend_on_integers_alone():
     assert scratch[1] <= 2.2 * scratch[0]
 
 
+def test_no_grid_is_too_large_for_a_device():
+    x, dt, A, b, c, state, cos, sin = inputs(2)
+    call = replace(call_of(x, dt, A, b, c, state, None, cos, sin), arch="sm_90", H=32)
+    for B, T in ((5000, 1), (5000, 100), (1, 5 * 10**6)):
+        for launch in plans.plan(replace(call, B=B, T=T)).launches:
+            assert launch.grid[0] < 2**31
+            assert all(size < 2**16 for size in launch.grid[1:])
+
+
 def plan_bytes(call):
     return [torch.Size(wanted.shape).numel() * wanted.dtype.itemsize for wanted in plans.plan(call).scratch.values()]
 

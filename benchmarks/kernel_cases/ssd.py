@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import wm_kernels as ops
-from kernel_cases import Case, Inputs, Peer
+from kernel_cases import Case, Inputs, Peer, Space, grid
 from kernel_cases._common import compiled, generator, normal, once
 from wm_graph.tolerances import UNIT_ROUNDOFF, op_limit
 from wm_kernels.rope import rope_reference
@@ -34,6 +34,18 @@ def cases() -> list[Case]:
     made.append(prefill("S2", 4, 4096, 16, 128, 16, 128, 64, bars))
     made += [prefill(f"T {T} B 1", 1, T, 16, 128, 16, 128, 64, {"× mamba_ssm": 3.0, "launches": 2}) for T in (64, 128, 256, 512)]
     return [*made, step(128, 16, 128, 128, {"copy rate": 0.85, "× mamba_ssm": 1.0}), step(1, 16, 128, 128, {})]
+
+
+def spaces() -> list[Space]:
+    """Long prefills of many heads, short ones of few, and the step. A row's thresholds of regimes are kept as they are."""
+    long = {"BLOCK_Q": 64, "BLOCK_P": 64, "state": 8192, "num_warps": 4, "num_stages": 3, "prepare_warps": 8, "shares": 16, "programs": 96}
+    tiles = [grid(BLOCK_P=[32, 64], num_stages=[2, 3, 4]), grid(prepare_warps=[4, 8], shares=[4, 8, 16])]
+    made = [Space(case, "sweep", {}, long, tiles) for case in cases() if case.name in ("S1", "S2")]
+    short = long | {"BLOCK_P": 16, "programs": 2**20, "up_to": 4096}
+    made += [Space(case, "narrow", {}, short, [grid(BLOCK_P=[16, 32], num_stages=[2, 3])]) for case in cases() if case.name == "T 512 B 1"]
+    token = {"BLOCK_P": 64, "num_warps": 4, "num_stages": 1}
+    token_tiles = [grid(BLOCK_P=[16, 32, 64, 128], num_warps=[1, 2, 4, 8])]
+    return made + [Space(case, "tokens", {}, token, token_tiles) for case in cases() if case.name == "step B 128"]
 
 
 def tensors(B: int, T: int, H: int, P: int, G: int, N: int, F: int, state: bool) -> Inputs:

@@ -4,7 +4,6 @@ B batch   T tokens   H heads   P head dimension   G groups   N state   F rotated
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -101,11 +100,10 @@ def _block_p(call: ScanCall, chosen: Any) -> int:
     return min(chosen["BLOCK_P"], fits, max(16, power_of_two(call.P)))
 
 
-@lru_cache(maxsize=512)
 def plan(call: ScanCall) -> Plan:
-    """The launches of a call over tensors `x dt A B C cos sin valid state y out`.
+    """The launches of a call, which the caller keeps, over tensors `x dt A B C cos sin valid state y out`.
 
-    Stand-ins take the places of absent ones: x of B's dtype for `cos`, `sin`, A of float32 for `state`, `valid`; they are never read.
+    Stand-ins, never read, take the places of absent ones: `dt` of the angles, `A` of `state`, `valid` and slots.
     """
     name = regime(call)
     chosen = values(call, name)
@@ -135,7 +133,7 @@ def chunked(call: ScanCall, name: str, chosen: Any, segments: int) -> Plan:
     if segments > 1 and name == "carry":
         block = min(1024, power_of_two(size))
         constants = {"SIZE": size, "BLOCK": block, "HAS_STATE": call.has_state}
-        launches.append(Launch(_kernels().carry_states, (blocks(size, block), rows), ("slot", "decay", segments), constants))
+        launches.append(Launch(_kernels().carry_states, (rows * blocks(size, block),), ("slot", "decay", segments), constants))
     start = "initial" if segments == 1 else "carried" if name == "carry" else "fold"
     launches.append(_scan(call, chosen, segment, segments, start))
     return Plan(tuple(launches), MappingProxyType(scratch))
@@ -168,6 +166,7 @@ def _prepare(call: ScanCall, chosen: Any, chunks: int) -> Launch:
         "F": call.F,
         "BLOCK_Q": chosen["BLOCK_Q"],
         "BLOCK_H": heads,
+        "SHARES": shares,
         "BLOCK_F": power_of_two(max(call.F, 1)),
         "BLOCK_N": power_of_two(call.N),
     }
@@ -183,7 +182,7 @@ def _prepare(call: ScanCall, chosen: Any, chunks: int) -> Launch:
     return _launch(
         call,
         _kernels().prepare,
-        (shares, chunks, call.B),
+        (call.B * chunks * shares,),
         (*tensors, call.T, *strides),
         constants,
         {"num_warps": chosen["prepare_warps"], "num_stages": 1},
@@ -198,7 +197,7 @@ def _tiles(call: ScanCall, chosen: Any) -> dict[str, Any]:
 
 def _segment_states(call: ScanCall, chosen: Any, segment: int, segments: int) -> Launch:
     constants = _tiles(call, chosen)
-    grid = (blocks(call.P, constants["BLOCK_P"]), call.B * call.H, segments if call.has_state else segments - 1)
+    grid = (call.B * call.H * blocks(call.P, constants["BLOCK_P"]), segments if call.has_state else segments - 1)
     tensors = ("x", "B_rot", "step", "sum", "left", "valid", "state", "slot", "decay")
     strides = (*_outer(call.x_BTH), *_outer(call.B_BTG), *call.state_BHN)
     return _launch(call, _kernels().segment_states, grid, (*tensors, call.T, segment, *strides), constants, chosen)
@@ -206,7 +205,7 @@ def _segment_states(call: ScanCall, chosen: Any, segment: int, segments: int) ->
 
 def _scan(call: ScanCall, chosen: Any, segment: int, segments: int, start: str) -> Launch:
     constants = _tiles(call, chosen) | {"C_t": call.C_BTG[1], "START": start}
-    grid = (blocks(call.P, constants["BLOCK_P"]), call.B * call.H, segments)
+    grid = (call.B * call.H * blocks(call.P, constants["BLOCK_P"]), segments)
     slots = ("A", "A") if start == "initial" else ("slot", "decay")
     tensors = ("x", "B_rot", "C_rot", "step", "sum", "left", "valid", "state", *slots, "y", "out")
     strides = (*_outer(call.x_BTH), *_outer(call.B_BTG), *_outer(call.C_BTG), *call.state_BHN, *call.out_BHN)
@@ -221,7 +220,7 @@ def _outer(strides: tuple[int, ...]) -> tuple[int, int]:
 def _tokens(call: ScanCall, chosen: Any) -> Launch:
     constants = {"P": call.P, "F": call.F, "HAS_STATE": call.has_state}
     constants |= {"BLOCK_N": power_of_two(call.N), "BLOCK_P": min(chosen["BLOCK_P"], power_of_two(call.P))}
-    grid = (blocks(call.P, constants["BLOCK_P"]), call.B * call.H)
+    grid = (call.B * call.H * blocks(call.P, constants["BLOCK_P"]),)
     tensors = ("x", "dt", "A", "B", "C", "cos", "sin", "valid", "state", "y", "out")
     inputs = (*call.x_BTH, *call.dt_BTH, *call.A_H, *call.B_BTG, *call.C_BTG, *call.cos_BT, *call.sin_BT)
     strides = (*inputs, *call.state_BHN, *call.out_BHN)

@@ -50,7 +50,8 @@ def prepare(
     T, dt_b, dt_t, dt_h, A_h, B_b, B_g, C_b, C_g, cos_b, sin_b,
     H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, F: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
-    B_t: tl.constexpr, C_t: tl.constexpr, cos_t: tl.constexpr, sin_t: tl.constexpr, HAS_VALID: tl.constexpr, EXACT: tl.constexpr,
+    B_t: tl.constexpr, C_t: tl.constexpr, cos_t: tl.constexpr, sin_t: tl.constexpr, SHARES: tl.constexpr,
+    HAS_VALID: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """What chunks need before they meet: log2 decays since the chunk's start as [B, H, J * Q], step sizes, rotated B and C as [B, G, T, N].
 
@@ -58,20 +59,21 @@ def prepare(
     none is lost: multiples of 1/256 add up exactly, and what is left of them stays small and has its own sum. Half precision does without
     and keeps, in place of dt_s, the sum up to s less log2(dt_s), so that one exponent makes the factor.
 
-    Grid: programs that share the heads and groups of a chunk, J, B: those that run side by side read whole rows.
+    Grid: B * J * SHARES; the SHARES programs of a chunk, which run side by side, divide its heads and groups and read whole rows.
     """
-    chunk = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
-    share = tl.program_id(0)
+    share = tl.program_id(0) % SHARES
+    chunks = tl.cdiv(T, BLOCK_Q)
+    chunk = (tl.program_id(0) // SHARES) % chunks
+    b = (tl.program_id(0) // SHARES // chunks).to(tl.int64)
     zero = tl.full((), 0, tl.int64)
-    padded = (zero + tl.num_programs(1)) * BLOCK_Q
+    padded = (zero + chunks) * BLOCK_Q
     at = (zero + chunk) * BLOCK_Q
     valid = T
     if HAS_VALID:
         valid = tl.minimum(tl.load(valid_ptr + b), T).to(tl.int32)
     count = valid - chunk * BLOCK_Q
     q = tl.arange(0, BLOCK_Q)
-    for first in tl.range(share * BLOCK_H, H, tl.num_programs(0) * BLOCK_H):
+    for first in tl.range(share * BLOCK_H, H, SHARES * BLOCK_H):
         h = first + tl.arange(0, BLOCK_H)
         rate_H = tl.load(A_ptr + h * A_h, mask=h < H, other=0.0) * LOG2E
         mask = (q < count)[:, None] & (h < H)[None, :]
@@ -93,7 +95,7 @@ def prepare(
         n = tl.arange(0, BLOCK_N)
         cos_QF = _tile(cos_ptr + b * cos_b + at * cos_t, cos_t, q, f, count, F, F == BLOCK_F).to(tl.float32)
         sin_QF = _tile(sin_ptr + b * sin_b + at * sin_t, sin_t, q, f, count, F, F == BLOCK_F).to(tl.float32)
-        for g in tl.range(share, G, tl.num_programs(0)):
+        for g in tl.range(share, G, SHARES):
             to = ((b * G + g) * T + at) * N
             B_at = B_ptr + b * B_b + at * B_t + g * B_g
             C_at = C_ptr + b * C_b + at * C_t + g * C_g
@@ -156,17 +158,17 @@ def segment_states(
 ):  # fmt: skip
     """Slot k > 0: what segment k - 1 adds to a zero state, and its decay; slot 0: the initial state.
 
-    Grid: tiles of P, B * H, K with an initial state and K - 1 without. The last segment has no successor and is left out.
+    Grid: B * H * tiles of P, K with an initial state and K - 1 without. The last segment has no successor and is left out.
     """
-    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    row = tl.program_id(1).to(tl.int64)
+    p = (tl.program_id(0) % tl.cdiv(P, BLOCK_P)) * BLOCK_P + tl.arange(0, BLOCK_P)
+    row = (tl.program_id(0) // tl.cdiv(P, BLOCK_P)).to(tl.int64)
     zero = tl.full((), 0, tl.int64)
     if HAS_STATE:
-        slot = tl.program_id(2)
-        segments = tl.num_programs(2)
+        slot = tl.program_id(1)
+        segments = tl.num_programs(1)
     else:
-        slot = tl.program_id(2) + 1
-        segments = tl.num_programs(2) + 1
+        slot = tl.program_id(1) + 1
+        segments = tl.num_programs(1) + 1
     b, h = row // H, row % H
     g = h // (H // G)
     valid = T
@@ -198,15 +200,15 @@ def segment_states(
         total = total * decay
     slot_ptr += (row * segments + slot) * (N * P)
     tl.store(_state_at(slot_ptr, P, n, p), state, mask=mask)
-    if tl.program_id(0) == 0:
+    if tl.program_id(0) % tl.cdiv(P, BLOCK_P) == 0:
         tl.store(decay_ptr + row * segments + slot, total)
 
 
 @triton.jit(do_not_specialize=["segments"])
 def carry_states(slot_ptr, decay_ptr, segments, SIZE: tl.constexpr, BLOCK: tl.constexpr, HAS_STATE: tl.constexpr):
-    """Slots become the states at the starts of their segments, in place. Grid: tiles of N * P, B * H."""
-    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.program_id(1).to(tl.int64)
+    """Slots become the states at the starts of their segments, in place. Grid: B * H * tiles of N * P."""
+    o = (tl.program_id(0) % tl.cdiv(SIZE, BLOCK)) * BLOCK + tl.arange(0, BLOCK)
+    row = (tl.program_id(0) // tl.cdiv(SIZE, BLOCK)).to(tl.int64)
     zero = tl.full((), 0, tl.int64)
     slot_ptr += row * segments * SIZE + o
     decay_ptr += row * segments
@@ -231,14 +233,14 @@ def scan_segments(
 ):  # fmt: skip
     """Walk the chunks of one segment with the state in registers: outputs, and from the last segment the final state.
 
-    Grid: tiles of P, B * H, K. START says where the state comes from: "initial" for K = 1, else slots: "carried", or "fold" to add up the
+    Grid: B * H * tiles of P, K. START says where the state comes from: "initial" for K = 1, else slots: "carried", or "fold" to add up the
     slots before this segment here. With slots the initial state is slot 0, so that the final state may be written over it.
     """
-    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    row = tl.program_id(1).to(tl.int64)
+    p = (tl.program_id(0) % tl.cdiv(P, BLOCK_P)) * BLOCK_P + tl.arange(0, BLOCK_P)
+    row = (tl.program_id(0) // tl.cdiv(P, BLOCK_P)).to(tl.int64)
     zero = tl.full((), 0, tl.int64)
-    slot = tl.program_id(2)
-    segments = tl.num_programs(2)
+    slot = tl.program_id(1)
+    segments = tl.num_programs(1)
     b, h = row // H, row % H
     g = h // (H // G)
     valid = T
@@ -321,9 +323,9 @@ def scan_tokens(
     H: tl.constexpr, P: tl.constexpr, G: tl.constexpr, N: tl.constexpr, F: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, HAS_STATE: tl.constexpr, HAS_VALID: tl.constexpr,
 ):  # fmt: skip
-    """The recurrence itself, token after token, for any T: what T calls of one token give, bit for bit. Grid: tiles of P, B * H."""
-    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    row = tl.program_id(1).to(tl.int64)
+    """The recurrence itself, token after token, for any T: what T calls of one token give, bit for bit. Grid: B * H * tiles of P."""
+    p = (tl.program_id(0) % tl.cdiv(P, BLOCK_P)) * BLOCK_P + tl.arange(0, BLOCK_P)
+    row = (tl.program_id(0) // tl.cdiv(P, BLOCK_P)).to(tl.int64)
     zero = tl.full((), 0, tl.int64)
     n = tl.arange(0, BLOCK_N)
     b, h = row // H, row % H

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from wm_kernels import triton_configs
 from wm_kernels.ssd_scan.plan import ScanCall, plan
 from wm_kernels.triton_launch import Plan, architecture, run
 
@@ -68,7 +69,14 @@ def ssd_scan_triton(
         given["valid"] = valid_B
     if state_BHNP is not None:
         given["state"] = state_BHNP
-    key = (in_place, numerics, x_BTHP.device, *((name, value.dtype, value.shape, value.stride()) for name, value in given.items()))
+    # The table is part of the key: the tuner puts others in its place.
+    key = (
+        triton_configs._rows,
+        in_place,
+        numerics,
+        x_BTHP.device,
+        *((name, value.dtype, value.shape, value.stride()) for name, value in given.items()),
+    )
     known = _known.get(key)
     if known is None:
         if check is not None:
