@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wm_kernels._registration import acc_dtype, check_dtype, check_shapes, check_that, register_reference_autograd
+from wm_kernels.triton_support import served
 
 CHUNK = 64  # fastest on CPU for P = N = 64 and 128; longer chunks do more arithmetic, shorter ones more and smaller products
 
@@ -192,6 +193,33 @@ def ssd_scan(
     return y_BTHP.contiguous(), state.contiguous()
 
 
+def has_kernel(x_BTHP: Tensor, B_BTGN: Tensor, C_BTGN: Tensor) -> bool:
+    """Whether a scan on CUDA goes to the Triton kernels. float64 stays with the reference, which is the oracle there too."""
+    return x_BTHP.dim() == 4 and x_BTHP.shape[1] > 0 and x_BTHP.dtype == B_BTGN.dtype == C_BTGN.dtype and served(x_BTHP)
+
+
+@ssd_scan.register_kernel("cuda")
+def _(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_H: Tensor,
+    B_BTGN: Tensor,
+    C_BTGN: Tensor,
+    state_BHNP: Tensor | None,
+    valid_B: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if has_kernel(x_BTHP, B_BTGN, C_BTGN):
+        from wm_kernels.ssd_scan.triton_op import ssd_scan_triton
+
+        def check() -> None:
+            check_scan("ssd_scan", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B)
+
+        return ssd_scan_triton(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B, check=check)
+    check_scan("ssd_scan", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B)
+    y_BTHP, state = scan(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B)
+    return y_BTHP.contiguous(), state.contiguous()
+
+
 @ssd_scan.register_fake
 def _(
     x_BTHP: Tensor,
@@ -220,6 +248,27 @@ def ssd_scan_(
     valid_B: Tensor | None,
 ) -> Tensor:
     """`ssd_scan` that writes the new state into `state_BHNP`; see `ssd_scan_reference`."""
+    check_scan("ssd_scan_", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B)
+    return scan_(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B).contiguous()
+
+
+@ssd_scan_.register_kernel("cuda")
+def _(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_H: Tensor,
+    B_BTGN: Tensor,
+    C_BTGN: Tensor,
+    state_BHNP: Tensor,
+    valid_B: Tensor | None,
+) -> Tensor:
+    if has_kernel(x_BTHP, B_BTGN, C_BTGN):
+        from wm_kernels.ssd_scan.triton_op import ssd_scan_triton
+
+        def check() -> None:
+            check_scan("ssd_scan_", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B)
+
+        return ssd_scan_triton(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B, check=check, in_place=True)[0]
     check_scan("ssd_scan_", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B)
     return scan_(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B).contiguous()
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from wm_kernels._registration import acc_dtype, check_shapes, check_that, register_reference_autograd
 from wm_kernels.rope.definition import rope_reference
-from wm_kernels.ssd_scan.definition import check_scan, fake_scan, scan, scan_
+from wm_kernels.ssd_scan.definition import check_scan, fake_scan, has_kernel, scan, scan_
 
 
 def ssd_scan_rope_reference(
@@ -94,6 +94,31 @@ def ssd_scan_rope(
     return y_BTHP.contiguous(), state.contiguous()
 
 
+@ssd_scan_rope.register_kernel("cuda")
+def _(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_H: Tensor,
+    B_BTGN: Tensor,
+    C_BTGN: Tensor,
+    cos_BTF: Tensor,
+    sin_BTF: Tensor,
+    state_BHNP: Tensor | None,
+    valid_B: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if has_kernel(x_BTHP, B_BTGN, C_BTGN):
+        from wm_kernels.ssd_scan.triton_op import ssd_scan_triton
+
+        def check() -> None:
+            _check("ssd_scan_rope", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, cos_BTF, sin_BTF, state_BHNP, valid_B)
+
+        return ssd_scan_triton(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B, cos_BTF, sin_BTF, check=check)
+    _check("ssd_scan_rope", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, cos_BTF, sin_BTF, state_BHNP, valid_B)
+    B_rot, C_rot = _rotate(x_BTHP, B_BTGN, C_BTGN, cos_BTF, sin_BTF)
+    y_BTHP, state = scan(x_BTHP, dt_BTH, A_H, B_rot, C_rot, state_BHNP, valid_B)
+    return y_BTHP.contiguous(), state.contiguous()
+
+
 @ssd_scan_rope.register_fake
 def _(
     x_BTHP: Tensor,
@@ -126,6 +151,30 @@ def ssd_scan_rope_(
     valid_B: Tensor | None,
 ) -> Tensor:
     """`ssd_scan_rope` that writes the new state into `state_BHNP`; see `ssd_scan_rope_reference`."""
+    _check("ssd_scan_rope_", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, cos_BTF, sin_BTF, state_BHNP, valid_B)
+    B_rot, C_rot = _rotate(x_BTHP, B_BTGN, C_BTGN, cos_BTF, sin_BTF)
+    return scan_(x_BTHP, dt_BTH, A_H, B_rot, C_rot, state_BHNP, valid_B).contiguous()
+
+
+@ssd_scan_rope_.register_kernel("cuda")
+def _(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_H: Tensor,
+    B_BTGN: Tensor,
+    C_BTGN: Tensor,
+    cos_BTF: Tensor,
+    sin_BTF: Tensor,
+    state_BHNP: Tensor,
+    valid_B: Tensor | None,
+) -> Tensor:
+    if has_kernel(x_BTHP, B_BTGN, C_BTGN):
+        from wm_kernels.ssd_scan.triton_op import ssd_scan_triton
+
+        def check() -> None:
+            _check("ssd_scan_rope_", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, cos_BTF, sin_BTF, state_BHNP, valid_B)
+
+        return ssd_scan_triton(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B, cos_BTF, sin_BTF, check=check, in_place=True)[0]
     _check("ssd_scan_rope_", x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, cos_BTF, sin_BTF, state_BHNP, valid_B)
     B_rot, C_rot = _rotate(x_BTHP, B_BTGN, C_BTGN, cos_BTF, sin_BTF)
     return scan_(x_BTHP, dt_BTH, A_H, B_rot, C_rot, state_BHNP, valid_B).contiguous()

@@ -1,0 +1,153 @@
+"""`ssd_scan` and `ssd_scan_rope` on tensors, through their Triton kernels.
+
+B batch   T tokens   H heads   P head dimension   G groups   N state   F rotated pairs
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from wm_kernels import triton_configs
+from wm_kernels.ssd_scan.plan import ScanCall, plan
+from wm_kernels.triton_launch import Plan, architecture, run
+
+FAR = 2**23  # a token stride up to which 32 bits hold the offsets inside a chunk
+KNOWN = 1024  # calls whose plans are kept: to look at every argument anew costs more than a step's launch
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a call of certain shapes, strides and dtypes comes to; `copied` names the tensors that must be made contiguous first."""
+
+    plan: Plan
+    copied: tuple[str, ...]
+
+
+_known: dict[tuple[object, ...], _Known] = {}
+
+
+def ssd_scan_triton(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_H: Tensor,
+    B_BTGN: Tensor,
+    C_BTGN: Tensor,
+    state_BHNP: Tensor | None,
+    valid_B: Tensor | None,
+    cos_BTF: Tensor | None = None,
+    sin_BTF: Tensor | None = None,
+    in_place: bool = False,
+    numerics: str = "fast",
+    check: Callable[[], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`ssd_scan_reference`, or with angles `ssd_scan_rope_reference`, through the kernels.
+
+    Products take operands rounded to the dtype of x; sums and the state are float32. A tensor whose last axis is not contiguous is copied.
+
+    Args:
+        x_BTHP: float32, float16 or bfloat16, as B and C.
+        dt_BTH: float32; see the reference, as for all that follow.
+        A_H: float32.
+        B_BTGN: dtype of x.
+        C_BTGN: dtype of x.
+        state_BHNP: float32, or None.
+        valid_B: int64, or None.
+        cos_BTF: float32 or float64, or None for no rotation.
+        sin_BTF: as cos.
+        in_place: write the new state into `state_BHNP`, which must be given.
+        numerics: "fast", or "exact": T tokens give the bits of T calls of one token, and of any split; token after token in float32.
+        check: raises where the arguments are wrong; called unless a call of the same shapes and dtypes has passed it.
+
+    Returns:
+        (y_BTHP, contiguous; state_BHNP: the one given if `in_place`, else a new contiguous one).
+    """
+    given = {"x": x_BTHP, "dt": dt_BTH, "A": A_H, "B": B_BTGN, "C": C_BTGN}
+    if cos_BTF is not None and sin_BTF is not None:
+        given |= {"cos": cos_BTF, "sin": sin_BTF}
+    if valid_B is not None:
+        given["valid"] = valid_B
+    if state_BHNP is not None:
+        given["state"] = state_BHNP
+    # The table is part of the key: the tuner puts others in its place.
+    key = (
+        triton_configs._rows,
+        in_place,
+        numerics,
+        x_BTHP.device,
+        *((name, value.dtype, value.shape, value.stride()) for name, value in given.items()),
+    )
+    known = _known.get(key)
+    if known is None:
+        if check is not None:
+            check()
+        known = _know(given, in_place, numerics == "exact")
+        if len(_known) >= KNOWN:
+            _known.clear()
+        _known[key] = known
+    for name in known.copied:
+        given[name] = given[name].contiguous()
+    (B, T, H, P), N = x_BTHP.shape, B_BTGN.shape[3]
+    y_BTHP = x_BTHP.new_empty((B, T, H, P))
+    direct = in_place and "state" not in known.copied
+    out_BHNP = given["state"] if direct else dt_BTH.new_empty((B, H, N, P))
+    run(known.plan, given | {"y": y_BTHP, "out": out_BHNP})
+    if in_place and not direct and state_BHNP is not None:
+        state_BHNP.copy_(out_BHNP)
+        return y_BTHP, state_BHNP
+    return y_BTHP, out_BHNP
+
+
+def _know(given: Mapping[str, Tensor], in_place: bool, exact: bool) -> _Known:
+    copied = tuple(name for name, value in given.items() if _must_copy(name, value))
+    ready = {name: value.contiguous() if name in copied else value for name, value in given.items()}
+    x, state = ready["x"], ready.get("state")
+    B, _, H, P = x.shape
+    out = state if in_place and "state" not in copied else None
+    return _Known(plan(describe(ready, x.new_empty((B, H, ready["B"].shape[3], P)) if out is None else out, exact)), copied)
+
+
+def _must_copy(name: str, tensor: Tensor) -> bool:
+    """Whether a kernel cannot read it where it is: its last axis is not contiguous, or its tokens are very far from each other."""
+    if name in ("dt", "A"):
+        return False
+    if name == "valid":
+        return not tensor.is_contiguous()
+    return (tensor.stride(-1) != 1 and tensor.shape[-1] > 1) or tensor.stride(1) > FAR
+
+
+def describe(given: Mapping[str, Tensor], out_BHNP: Tensor, exact: bool = False) -> ScanCall:
+    """What the plan of a call must know of its tensors, by their names in the plan."""
+    (B, T, H, P), (G, N) = given["x"].shape, given["B"].shape[2:]
+    return ScanCall(
+        op="ssd_scan_rope" if "cos" in given else "ssd_scan",
+        arch=architecture(given["x"].device),
+        dtype=given["x"].dtype,
+        B=B,
+        T=T,
+        H=H,
+        P=P,
+        G=G,
+        N=N,
+        F=given["cos"].shape[-1] if "cos" in given else 0,  # with 0 angles as without
+        x_BTH=_outer(given["x"], 3),
+        dt_BTH=_outer(given["dt"], 3),
+        A_H=given["A"].stride(),
+        B_BTG=_outer(given["B"], 3),
+        C_BTG=_outer(given["C"], 3),
+        cos_BT=_outer(given.get("cos"), 2),
+        sin_BT=_outer(given.get("sin"), 2),
+        state_BHN=_outer(given.get("state"), 3),
+        out_BHN=_outer(out_BHNP, 3),
+        has_state="state" in given,
+        has_valid="valid" in given,
+        exact=exact,
+    )
+
+
+def _outer(tensor: Tensor | None, axes: int) -> tuple[int, ...]:
+    """Strides of the first axes; that of a batch of 1, which nobody steps over, is 0: it may be too large for 32 bits."""
+    if tensor is None:
+        return (0,) * axes
+    first, *others = tensor.stride()[:axes]
+    return 0 if tensor.shape[0] == 1 else first, *others
