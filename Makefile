@@ -12,10 +12,10 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --constraint constraints.txt
 PINS := pyproject.toml constraints.txt
 
-.PHONY: help demo test test-deep lint format types contract check bench clean
+.PHONY: help demo test test-deep test-mutation lint format types contract check bench clean
 
 help: ## show the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 demo: .venv/.demo ## make, export, check and run cheems-demo in every runtime; leaves it in build/demo
 	@$(BIN)/wm demo --output build/demo $(ARGS)
@@ -25,6 +25,10 @@ test: .venv/.test ## run the tests
 
 test-deep: .venv/.test ## the laws on 30,000 examples, other ones each round; resumable: stop it and call it again
 	@$(BIN)/python tests/deep.py $(ARGS)
+
+test-mutation: .venv/.test ## mutants of references and model against their tests; some 20 minutes of CPU; resumable
+	@$(PIP) --no-deps cosmic-ray parso attrs
+	@$(BIN)/python tests/mutation.py $(ARGS)
 
 lint: .venv/.test ## style: ruff check and ruff format
 	@$(BIN)/ruff check .
