@@ -14,10 +14,10 @@ PINS := pyproject.toml constraints.txt
 
 GPU_PYTHON ?= python3
 
-.PHONY: help demo test test-deep test-gpu lint format types contract check bench clean
+.PHONY: help demo test test-deep test-mutation test-gpu lint format types contract check bench clean
 
 help: ## show the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 demo: .venv/.demo ## make, export, check and run cheems-demo in every runtime; leaves it in build/demo
 	@$(BIN)/wm demo --output build/demo $(ARGS)
@@ -31,6 +31,10 @@ test-deep: .venv/.test ## the laws on 30,000 examples, other ones each round; re
 test-gpu: ## the tests on a GPU, with GPU_PYTHON: an environment with a CUDA build of torch, triton, and the test tools
 	@$(GPU_PYTHON) -c 'import torch; raise SystemExit(None if torch.cuda.is_available() else "make test-gpu: no CUDA device for this torch")'
 	@$(GPU_PYTHON) -m pytest tests/test_cuda.py tests/test_triton_*.py $(ARGS)
+
+test-mutation: .venv/.test ## mutants of references and model against their tests; some 20 minutes of CPU; resumable
+	@$(PIP) --no-deps cosmic-ray parso attrs
+	@$(BIN)/python tests/mutation.py $(ARGS)
 
 lint: .venv/.test ## style: ruff check and ruff format
 	@$(BIN)/ruff check .

@@ -2,14 +2,17 @@
 
     python tests/deep.py [--total 30000] [--record build/deep.jsonl] [FILE ...]
 
-A slice is one law file at one seed. Each finished slice is a line of the record: its examples, seconds and failures. A second call goes on
-where the first stopped, whatever stopped it; slices that failed are run again, and count once they pass. Exit status 0: the total is
-reached without a counterexample; 1: a slice failed, and its examples are printed in the form that repeats them; 130: interrupted.
+A slice is one law file at one seed. Each finished slice is a line of the record: its examples, seconds, failures and the sources that it
+ran on. A second call goes on where the first stopped, whatever stopped it. Only slices that passed on the sources as they are now count:
+a change of the packages, of the laws or of what the laws import begins the total anew. Slices whose last run failed, on whatever sources,
+are run again before anything else. Exit status 0: the total is reached on these sources, and no slice has failed without having passed
+since; 1: a slice remains failed, and its examples are printed in the form that repeats them, or the total is not reached; 130: interrupted.
 
 Examples are those of `hypothesis_profiles.law`: they compared two or more implementations, which agreed.
 """
 
 import argparse
+import ast
 import hashlib
 import json
 import os
@@ -25,7 +28,7 @@ from typing import Any
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
-SOURCES = ("wm_graph", "kernels", "export", "runtimes", "tests")
+SOURCES = ("wm_graph", "kernels", "export", "runtimes")  # and of tests/ what `law_sources` names
 MOST = 8  # times the examples of CI in one slice: some ten minutes
 
 
@@ -42,12 +45,33 @@ def rounds(files: Sequence[str]) -> Iterator[list[tuple[str, int, int]]]:
         seed += 1
 
 
+def law_sources() -> set[Path]:
+    """The law files, conftest.py, and every file of tests/ that the laws import, directly or not."""
+    found, todo = {TESTS / "conftest.py"}, [TESTS / name for name in law_files()]
+    while todo:
+        path = todo.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for name in _imported(path):
+            module = TESTS / name.replace(".", "/")
+            todo += [module.with_suffix(".py")] if module.with_suffix(".py").is_file() else sorted(module.glob("*.py"))
+    return found
+
+
+def _imported(path: Path) -> set[str]:
+    """The modules that a file names in its imports."""
+    nodes = list(ast.walk(ast.parse(path.read_bytes())))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return plain | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+
+
 def sources_digest() -> str:
-    """Which sources a slice ran on."""
+    """Which sources a slice ran on: all that its outcome depends on, and no more."""
     digest = hashlib.sha256()
-    for folder in SOURCES:
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    packages = {path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")}
+    for path in sorted(packages | law_sources()):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 
@@ -66,12 +90,20 @@ def read(record: Path) -> list[dict[str, Any]]:
 
 
 def passed(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The slices without a failure."""
-    return [line for line in lines if not line["failures"]]
+    """The slices that passed on the sources as they are now, the last run of each."""
+    sources = sources_digest()
+    last = {(line["slice"], line["seed"]): line for line in lines if line["sources"] == sources}
+    return [line for line in last.values() if not line["failures"]]
+
+
+def failed(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The slices whose last run failed, on whatever sources; those of law files that are gone apart."""
+    last = {(line["slice"], line["seed"]): line for line in lines if line["slice"] in law_files()}
+    return [line for line in last.values() if line["failures"]]
 
 
 def total_of(lines: Sequence[dict[str, Any]]) -> int:
-    """Examples of all slices that passed."""
+    """Examples of all slices that passed on the sources as they are now."""
     return sum(sum(line["examples"].values()) for line in passed(lines))
 
 
@@ -82,7 +114,7 @@ def run_slice(name: str, seed: int, factor: int, folder: Path) -> dict[str, Any]
         path.unlink(missing_ok=True)
     variables = {"WM_DEEP": str(factor), "WM_COUNTS": str(counts), "WM_POOL": str(folder / "pool")}
     options = ["--hypothesis-seed", str(seed), "-p", "no:cacheprovider", "--show-capture=no", "--junitxml", str(report)]
-    started = time.monotonic()
+    started, sources = time.monotonic(), sources_digest()
     done = subprocess.run(
         [sys.executable, "-m", "pytest", str(TESTS / name), *options],
         cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, check=False,
@@ -97,7 +129,7 @@ def run_slice(name: str, seed: int, factor: int, folder: Path) -> dict[str, Any]
         "examples": json.loads(counts.read_text()) if counts.exists() else {},
         "seconds": round(time.monotonic() - started, 1),
         "failures": failures,
-        "sources": sources_digest(),
+        "sources": sources if sources == sources_digest() else "changed while it ran",
     }
 
 
@@ -127,38 +159,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := sorted(set(options.files) - set(law_files())):
         parser.error(f"{unknown[0]} is no law file; choose from {', '.join(law_files())}")
     options.record.parent.mkdir(parents=True, exist_ok=True)
-    lines, failed = read(options.record), False
+    lines = read(options.record)
     try:
         with tempfile.TemporaryDirectory(prefix="wm-deep-") as folder:
-            failed = _search(options.files or law_files(), options.total, options.record, lines, Path(folder))
+            _search(options.files or law_files(), options.total, options.record, lines, Path(folder))
     except KeyboardInterrupt:
-        print(f"interrupted at {total_of(lines)} examples; the next call goes on from there", flush=True)
+        print(f"interrupted at {total_of(lines)} examples on these sources; the next call goes on from there", flush=True)
         return 130
-    now = total_of([line for line in lines if line["sources"] == sources_digest()])
-    print(f"deep: {total_of(lines)} examples in {len(passed(lines))} slices, {now} of them on these sources; record: {options.record}")
-    return int(failed or total_of(lines) < options.total)
+    remaining = ", ".join(f"{line['slice']} seed {line['seed']}" for line in failed(lines))
+    print(
+        f"deep: {total_of(lines)} examples in {len(passed(lines))} slices on these sources, of {options.total}; "
+        f"slices that remain failed: {remaining or 'none'}; record: {options.record}"
+    )
+    return int(bool(remaining) or total_of(lines) < options.total)
 
 
-def _search(files: Sequence[str], total: int, record: Path, lines: list[dict[str, Any]], folder: Path) -> bool:
-    """Append slices to the record and to `lines` until the total is reached or a whole round adds nothing; whether one failed."""
-    failed = False
+def _search(files: Sequence[str], total: int, record: Path, lines: list[dict[str, Any]], folder: Path) -> None:
+    """Append slices to the record and to `lines`: those that failed, then others up to the total, or until a whole round adds nothing."""
+    again = {(line["slice"], line["seed"]): line["factor"] for line in failed(lines) if line["slice"] in files}
+
+    def run(name: str, seed: int, factor: int) -> None:
+        line = run_slice(name, seed, factor, folder)
+        with record.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        lines.append(line)
+        _tell(line, total_of(lines), total)
+
+    for (name, seed), factor in again.items():
+        run(name, seed, factor)
     for slices in rounds(files):
         before = len(lines)
-        done = {(line["slice"], line["seed"]) for line in passed(lines)}
+        done = {(line["slice"], line["seed"]) for line in passed(lines)} | set(again)
         for name, seed, factor in slices:
-            if (name, seed) in done:
-                continue
             if total_of(lines) >= total:
-                return failed
-            line = run_slice(name, seed, factor, folder)
-            with record.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            lines.append(line)
-            failed |= bool(line["failures"])
-            _tell(line, total_of(lines), total)
+                return
+            if (name, seed) not in done:
+                run(name, seed, factor)
         if len(lines) > before and not total_of(lines[before:]):
-            return True
-    return failed
+            return
 
 
 def _tell(line: dict[str, Any], reached: int, total: int) -> None:

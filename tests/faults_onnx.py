@@ -130,12 +130,24 @@ def _room_for_one_less(part: Part) -> None:
     part.distort_all("Sub", LESS_ONE, lambda node: part.maker(node.input[1]).op_type == "GatherElements")
 
 
+def _single_tokens_see_free_cells(part: Part) -> None:
+    part.distort(part.find("LessOrEqual")[-1].output[0], _SINGLE.format("cos_BTF") + "y = Or(x, is)")
+
+
+def _position_one_less(part: Part) -> None:
+    (attention,) = [node for node in part.readers("position") if node.op_type == "WmAttentionRope"][:1]
+    place = list(attention.input).index("position")
+    part.feed(attention, place, "one = Constant <value_int = 1> ()  zero = Sub(one, one)  less = Sub(x, one)  y = Max(less, zero)")
+
+
 def _halves_exchanged(part: Part) -> None:
     for node in part.find("Split"):
         part.exchange(*node.output)
 
 
 _SCANS = (
+    body("the state of an empty row moves on", "causal_conv1d", "mamba2-tiny",
+         lambda part: part.distort("valid_B", "one = Constant <value_int = 1> ()  y = Max(x, one)"), shows="pieces"),
     body("B and C turn the wrong way", "ssd_scan_rope", "cheems-tiny", lambda part: part.distort("sin_BTF", NEGATIVE)),
     body("neighbours turned as pairs", "ssd_scan_rope", "cheems-tiny", lambda part: part.set("RotaryEmbedding", interleaved=1)),
     body("B and C exchanged", "ssd_scan", "mamba2-tiny", lambda part: part.exchange("B_BTGN", "C_BTGN")),
@@ -150,6 +162,7 @@ _SCANS = (
          lambda part: part.feed(part.find("Exp")[0], 0, "y = Sub(x, own)", own=part.find("CumSum")[0].input[0]), PORTABLE, shows="decode"),
     # In place, prefill shows it too: the second layer reads what the first has just written.
     main("two layers' states exchanged", "mamba2-tiny", lambda part: part.exchange("layers.0.ssd", "layers.1.ssd"), op="ssd_scan"),
+    # The op's own masking of dt, done once for all its nodes in front of them.
     main("the first token of the padding enters the state", "mamba2-tiny", lambda part: part.retype("Less", "LessOrEqual"), op="ssd_scan",
          shows="padding"),
     body("padding enters the state", "selective_scan", "jamba-tiny", lambda part: part.skip(part.find("Where")[0], 1), shows="padding"),
@@ -178,6 +191,8 @@ _NORMS = (
 )  # fmt: skip
 
 _ATTENTIONS = (
+    body("single tokens see free cells", "attention_rope", "llama-tiny", _single_tokens_see_free_cells, PORTABLE, shows="decode"),
+    main("a position one less", "llama-tiny", _position_one_less),
     body("cosine and sine exchanged", "attention_rope", "llama-tiny", lambda part: part.exchange("cos_BTF", "sin_BTF")),
     body("neighbours turned as pairs", "attention_rope", "llama-tiny",
          lambda part: part.set("GroupQueryAttention", rotary_interleaved=1)),

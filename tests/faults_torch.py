@@ -46,6 +46,15 @@ def _tiled_groups(right: Any, x_BTHP: Tensor, dt: Tensor, A: Tensor, B_BTGN: Ten
     return right(x_BTHP, dt, A, B_BTGN.repeat(1, 1, times, 1), C_BTGN.repeat(1, 1, times, 1), *rest)
 
 
+def _rows_exchanged(right: Any, x_BTC: Tensor, weight: Tensor, bias: Any, state: Tensor, *rest: Any) -> Any:
+    single = x_BTC.shape[0] > 2 and x_BTC.shape[1] == 1
+    return right(x_BTC, weight, bias, state.roll(1, 0) if single else state, *rest)
+
+
+def _decay_of_chunks_too_fast(right: Any, state: Tensor, added: Tensor, decay: Tensor) -> Any:
+    return right(state, added, decay * (0.9 if added.shape[3] > 1 else 1.0))
+
+
 def _last_of_chunk_lost(right: Any, value: Tensor, J: int, Q: int) -> Tensor:
     kept_T = torch.arange(value.shape[1]) % Q != Q - 1
     return right(value * kept_T.view(-1, *[1] * (value.dim() - 2)), J, Q)
@@ -127,6 +136,9 @@ _SCANS = (
         lambda right, *a: right(*(a if a[0].shape[1] == 1 else (*a[:5], torch.zeros_like(a[5]), a[6]))), shows="pieces"),
     _function("last token of a chunk lost", "ssd_scan", "mamba2-tiny", "wm_kernels.ssd_scan.definition", "_in_chunks",
               _last_of_chunk_lost),
+    _function("decay from the second chunk on too fast", "ssd_scan", "mamba2-tiny", "wm_kernels.ssd_scan.definition", "_carry",
+              _decay_of_chunks_too_fast, shows="far"),
+    _op("rows exchanged from three on", "causal_conv1d", "mamba2-tiny", _rows_exchanged, shows="decode"),
     _op("taps one late", "causal_conv1d", "mamba2-tiny", lambda right, x, weight, *rest: right(x, weight.roll(1, 1), *rest)),
     _op("state ends with the padding", "causal_conv1d", "bamba-tiny", _state_at_the_end_of_the_padding, shows="padding"),
 )  # fmt: skip

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, assume, settings
 
 DEEP = "WM_DEEP"
 _DEEP_PROFILE_FACTOR = 8  # HYPOTHESIS_PROFILE=deep without WM_DEEP
@@ -45,12 +45,20 @@ def examples(n: int) -> settings:
 
 COMPARED: Counter[str] = Counter()  # kind of law -> examples of this run that compared two or more implementations and agreed
 KINDS = ("op", "model", "session")
+_evidence = 0  # of the example that is being tried
+
+
+def note_compared(numbers: int) -> None:
+    """Called by what compares (`near`, `same`, `check`): so many numbers were compared that a wrong implementation could have got wrong."""
+    global _evidence
+    _evidence += numbers
 
 
 def law(n: int, kind: str) -> Callable[[Callable[..., Any]], Any]:
     """`examples(n)` for a law whose every example compares two or more implementations; it counts those that agreed.
 
-    Put it above `given`. Examples that are refused (`assume`) or fail are not counted. tests/conftest.py prints the sums.
+    Put it above `given`. An example that has told `note_compared` of nothing, or of zeros alone, is refused as if by `assume`; examples
+    that are refused or fail are not counted. tests/conftest.py prints the sums.
 
     Args:
         n: examples in CI.
@@ -66,7 +74,10 @@ def law(n: int, kind: str) -> Callable[[Callable[..., Any]], Any]:
 
         @wraps(body)
         def counted(*args: Any, **kwargs: Any) -> None:
+            global _evidence
+            _evidence = 0
             body(*args, **kwargs)
+            assume(_evidence)
             COMPARED[kind] += 1
 
         test.hypothesis.inner_test = counted

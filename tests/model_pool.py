@@ -1,6 +1,6 @@
 """A dozen small models of every kind of layer and form, exported once, from whose sessions the laws draw. T tokens, V vocabulary."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from choice_margins import as_tokens, oracle_with_margins
+from hypothesis_profiles import note_compared
 from strategies_models import Drawn, drawn
 from wm_export import export_bundle
 from wm_graph import forward, save_checkpoint
 from wm_graph.checkpoints import load_tensors
 from wm_graph.params import Params, cast_params, params_from_flat
 from wm_graph.tolerances import model_limit
-from wm_runtimes import Session, open_bundle, open_session
+from wm_runtimes import Session, availability, open_bundle, open_session
 from wm_runtimes.bundle import Bundle
 from wm_runtimes.snapshot import Array
 
@@ -57,14 +58,23 @@ RUNTIMES: dict[str, dict[str, Any]] = {
     "model.ort.onnx": {"runtime": "onnxruntime-cpu", "graph": "model.ort.onnx", "threads": 1},
     "model.onnx": {"runtime": "onnxruntime-cpu", "graph": "model.onnx", "threads": 1},
 }
-_COMPILED = {"compiled": {"runtime": "compiled"}}  # asked for by name; every model costs it seconds
+COMPILED: dict[str, dict[str, Any]] = {"compiled": {"runtime": "compiled"}}
+# The runtimes of the pool that run here, by name. Every model costs the compiler seconds for each of four graphs: it is given two.
+RUNNING = [name for name, options in (RUNTIMES | COMPILED).items() if availability(options["runtime"]) is None]
+_COMPILED_MODELS = ("log", "narrow")  # a scan, a window and experts; a cache, the narrowest window and no rotation
 _TIMES_EAGER = 4  # half precision: the largest error of one run over that of another, twice the limit of R, which is of pooled runs
 # (batch, capacity): a row of a few tokens, ragged rows, rows longer than a chunk
 SIZES = ((3, 26), (1, 9), (2, 70))
 
 
-def _options(runtime: str) -> dict[str, Any]:
-    return (RUNTIMES | _COMPILED)[runtime]
+def options_of(runtime: str) -> dict[str, Any]:
+    """Arguments of `open_session` for a runtime of the pool."""
+    return (RUNTIMES | COMPILED)[runtime]
+
+
+def models_in(runtime: str) -> Sequence[str]:
+    """The models that the laws run in a runtime of the pool."""
+    return _COMPILED_MODELS if runtime in COMPILED else sorted(POOL)
 
 
 @dataclass(frozen=True)
@@ -104,13 +114,13 @@ class Member:
         """An empty session; the same one for the same arguments, so that what earlier examples left behind would show."""
         key = (runtime, batch, capacity, use)
         if key not in self._sessions:
-            self._sessions[key] = open_session(self.bundle, batch=batch, capacity=capacity, **_options(runtime), **options)
+            self._sessions[key] = open_session(self.bundle, batch=batch, capacity=capacity, **options_of(runtime), **options)
         self._sessions[key].reset()
         return self._sessions[key]
 
     def limit(self, runtime: str, logits: Array) -> float:
         """Largest error of a logit, at the scale of the oracle's `logits`."""
-        max_abs = model_limit(self.bundle.dtype, _options(runtime)["runtime"]).max_abs
+        max_abs = model_limit(self.bundle.dtype, options_of(runtime)["runtime"]).max_abs
         return max_abs * max(1.0, float(np.sqrt(np.mean(np.square(logits))))) if logits.size else max_abs
 
     def check(self, runtime: str, row: Array, places: Array, got_SV: Array) -> int:
@@ -130,6 +140,7 @@ class Member:
             f"{self.name} in {runtime}: logits after token {places[wrong[0]]} of {row.tolist()} are off by {error_S[wrong[0]]:.3g}, "
             f"limit {limit_S[wrong[0]]:.3g}"
         )
+        note_compared(int((~tied_S).sum()))
         return int((~tied_S).sum())
 
 

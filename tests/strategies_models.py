@@ -135,10 +135,23 @@ def texts(batch: int, longest: int, shortest: int = 0) -> st.SearchStrategy[Text
 
 
 def cuts(length: int, most: int = 5) -> st.SearchStrategy[tuple[int, ...]]:
-    """Where to cut a text of `length` tokens into pieces: 0 < cut < length, in order."""
-    if length < 2:
-        return st.just(())
-    return st.sets(st.integers(1, length - 1), max_size=most).map(lambda edges: tuple(sorted(edges)))
+    """Where to cut a text of `length` >= 2 tokens into pieces: at least once, 0 < cut < length, in order; often at the chunk's edge."""
+    near = [cut for cut in (63, 64, 65) if cut < length]
+    places = st.integers(1, length - 1) | st.sampled_from(near) if near else st.integers(1, length - 1)
+    return st.sets(places, min_size=1, max_size=most).map(lambda edges: tuple(sorted(edges)))
+
+
+Split = tuple[Texts, tuple[int, ...]]
+
+
+@st.composite
+def splits(draw: st.DrawFn, batch: int, longest: int, shortest: int = 0, long: bool = False) -> Split:
+    """Rows of shortest..longest tokens, and cuts inside the longest row; `long`, or often where rows may: 64 or more in one."""
+    text = draw(texts(batch, longest, shortest).filter(lambda text: max(text.lengths) > 1))
+    if long or (longest >= 64 and draw(st.integers(0, 3)) == 3):
+        length = draw(st.sampled_from([length for length in (64, 65, 66, longest) if length <= longest]))
+        text = Texts(text.seed, (*text.lengths[1:], length), text.distinct)
+    return text, draw(cuts(max(text.lengths)))
 
 
 def subsets(batch: int) -> st.SearchStrategy[tuple[int, ...]]:
@@ -147,8 +160,9 @@ def subsets(batch: int) -> st.SearchStrategy[tuple[int, ...]]:
 
 
 def orders(batch: int) -> st.SearchStrategy[tuple[int, ...]]:
-    """What `permute` takes: permutations, and choices with repeats."""
-    return st.permutations(range(batch)).map(tuple) | st.tuples(*[st.integers(0, batch - 1)] * batch)
+    """What `permute` takes: permutations, and choices with repeats; for two rows or more, never the order that they are in."""
+    every = st.permutations(range(batch)).map(tuple) | st.tuples(*[st.integers(0, batch - 1)] * batch)
+    return every.map(lambda order: order[::-1] if order == tuple(range(batch)) else order)
 
 
 RELATIVE = ("ssd", "mamba1", "mamba2", "attention", "dynamic_mask_attention")  # mixers to which only distances between tokens matter

@@ -198,8 +198,28 @@ CASES: dict[str, st.SearchStrategy[Any]] = {
     "gated_rms_norm": gated_cases(),
     "selective_scan": selective_cases(),
 }
-# Places to cut a prompt before; those past its end cut nothing.
-cuts = st.lists(st.sampled_from((1, 2, 3, 5, 11, CHUNK - 1, CHUNK, CHUNK + 1, CHUNK + 2)), min_size=1, max_size=4, unique=True).map(tuple)
+NEAR = (1, 2, 3, 5, 11, CHUNK - 1, CHUNK, CHUNK + 1, CHUNK + 2)  # places to cut a prompt before
+
+
+def longest(case: Any) -> int:
+    """Tokens that count of the row that has most of them."""
+    return case.T if case.valid is None else max(case.valid)
+
+
+@st.composite
+def cut_cases(draw: Any, cases: st.SearchStrategy[Any]) -> tuple[Any, tuple[int, ...]]:
+    """A case, and 1 to 4 places to cut its tokens before: the first inside its longest row, others there or in the padding after it."""
+    case = draw(cases.filter(lambda case: longest(case) > 1))
+
+    def place(end: int) -> st.SearchStrategy[int]:
+        return st.sampled_from([cut for cut in NEAR if cut < end]) | st.integers(1, end - 1)
+
+    return case, tuple(sorted({draw(place(longest(case))), *draw(st.lists(place(case.T), max_size=3))}))
+
+
+def shuffles(count: int) -> st.SearchStrategy[list[int]]:
+    """Orders of two rows or more, other than the one that they are in."""
+    return st.permutations(range(count)).map(lambda order: order[::-1] if order == sorted(order) else order)
 
 
 def laid_out(call: Call, layout: str) -> Call:

@@ -238,3 +238,12 @@ def test_a_second_demo_replaces_only_what_the_first_made(made, tmp_path, capsys)
     make_room(output)
     assert not list(output.iterdir())
     assert "Replacing" in capsys.readouterr().out
+
+
+def test_parity_takes_a_graph_of_the_bundle_as_a_runtime(bundle, capfd):
+    outcome = wm(capfd, "parity", bundle, "--runtimes", "eager,onnxruntime-cpu:model.onnx", "--draws", 2, "--json")
+    assert outcome.code == 0, outcome.err
+    assert [row["runtime"] for row in outcome.json["rows"]] == ["eager", "onnxruntime-cpu:model.onnx"]
+    refused = wm(capfd, "parity", bundle, "--runtimes", "eager:model.onnx")
+    assert (refused.code, refused.out, refused.err.count("\n")) == (2, "", 1)
+    assert "eager runs no graph" in refused.err

@@ -25,7 +25,7 @@ WELL: dict[str, dict[str, int]] = {
     "padding": {"draws": 1},
     "window": {"longest_prompt": 2, "decode_steps": 4},
     "pieces": {"draws": 4},
-    "far": {"longest_prompt": PROMPT},
+    "far": {"draws": 4, "longest_prompt": PROMPT},
     "float16": {},
 }
 

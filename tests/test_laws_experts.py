@@ -8,18 +8,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import oracles
 from hypothesis_profiles import law
-from op_calls import Call, near, same
+from op_calls import Call, differ, near, same
 from op_cases import ExpertMixCase, MoeCase, ProductKeyCase, RouterCase
 from op_scales import scales
 from strategies_ops import DTYPES, another, expert_mix_cases, moe_cases, product_key_cases, router_cases
 from wm_kernels.moe_mix.definition import _gathered
 
 ANY_DTYPE = st.sampled_from((torch.float64, *DTYPES))
+SEVERAL_PICKS = st.one_of(expert_mix_cases(), moe_cases()).filter(lambda case: case.k > 1)
 
 
 def with_fields(case: Any, **changes: Any) -> Any:
@@ -45,13 +46,14 @@ def test_product_keys_find_the_best_of_all_pairs_and_the_lower_expert_of_equals_
 
 
 @law(60, "op")
-@given(case=product_key_cases("normal"), seed=st.integers(0, 999))
+@given(case=product_key_cases("normal").filter(lambda case: case.J > 1), seed=st.integers(0, 999))
 def test_sub_keys_in_another_order_are_found_under_their_new_numbers(case: ProductKeyCase, seed: int) -> None:
     call, J = case.call(), case.J
     keys = call.given("keys_RJ2d")
     # New sub-key i of a half is old sub-key first[i], second[i].
     first, second = order(seed, J), order(seed + 1, J)
     mixed = call.changed({"keys_RJ2d": torch.stack([keys[:, first, 0], keys[:, second, 1]], 2)})
+    assume(differ(mixed, call))
     found = mixed.run()
     expert = first[found["expert_BTRk"] // J] * J + second[found["expert_BTRk"] % J]
     near(call, {"expert_BTRk": expert, "weight_BTRk": found["weight_BTRk"]}, call.run(), scales(call), "renumbered")
@@ -69,17 +71,18 @@ def test_experts_of_zero_output_weight_or_input_add_exactly_nothing(case: Expert
 
 
 @law(60, "op")
-@given(case=expert_mix_cases(), seed=st.integers(0, 999), dtype=ANY_DTYPE)
+@given(case=expert_mix_cases().filter(lambda case: case.E > 1), seed=st.integers(0, 999), dtype=ANY_DTYPE)
 def test_experts_of_expert_mix_in_another_order_change_no_bit(case: ExpertMixCase, seed: int, dtype: torch.dtype) -> None:
     call = case.call().to(dtype)
     place = order(seed, case.E)  # expert e moves to place[e]
     tables = {name: torch.empty_like(call.given(name)).index_copy_(0, place, call.given(name)) for name in ("down_ED", "up_ED")}
     mixed = call.changed({"expert_BTRk": place[call.given("expert_BTRk")], **tables})
+    assume(differ(mixed, call))
     same(call, mixed.run(), call.run(), f"in places {place.tolist()}")
 
 
 @law(60, "op")
-@given(case=moe_cases(), seed=st.integers(0, 999))
+@given(case=moe_cases().filter(lambda case: case.E > 1), seed=st.integers(0, 999))
 def test_experts_of_moe_mix_in_another_order_change_only_rounding(case: MoeCase, seed: int) -> None:
     call = case.call()
     place = order(seed, case.E)
@@ -89,33 +92,31 @@ def test_experts_of_moe_mix_in_another_order_change_only_rounding(case: MoeCase,
         if value is not None and "_E" in name
     }
     mixed = call.changed({"expert_Mk": place[call.given("expert_Mk")], **tables})
+    assume(differ(mixed, call))
     near(call, mixed.run(), call.run(), scales(call), f"in places {place.tolist()}")
 
 
 @law(60, "op")
-@given(case=st.one_of(expert_mix_cases(), moe_cases()), seed=st.integers(0, 999))
+@given(case=SEVERAL_PICKS, seed=st.integers(0, 999))
 def test_picks_in_another_order_change_only_rounding(case: ExpertMixCase | MoeCase, seed: int) -> None:
     call = case.call()
     picks = order(seed, case.k)
     mixed = call.mapped(lambda name, value: value[..., picks] if name.endswith("k") else value)
+    assume(differ(mixed, call))
     near(call, mixed.run(), call.run(), scales(call), f"picks {picks.tolist()}")
 
 
 @law(60, "op")
-@given(case=st.one_of(expert_mix_cases(), moe_cases()), cut=st.integers(0, 3))
+@given(case=SEVERAL_PICKS, cut=st.integers(0, 3))
 def test_mixing_the_picks_in_two_parts_adds_up_to_the_whole(case: ExpertMixCase | MoeCase, cut: int) -> None:
-    call, cut = case.call(), min(cut, case.k)
+    call, cut = case.call(), 1 + cut % (case.k - 1)
     parts = [
         call.mapped(lambda name, value, part=part: value[..., part] if name.endswith("k") else value)
         for part in (slice(cut), slice(cut, None))
     ]
     ((name, whole),) = call.run().items()
-    total = sum((part.run()[name] for part in parts if part.given(_picks(part)).shape[-1]), torch.zeros_like(whole))
+    total = sum((part.run()[name] for part in parts), torch.zeros_like(whole))
     near(call, {name: total}, {name: whole}, scales(call), f"{cut} picks and the others")
-
-
-def _picks(call: Call) -> str:
-    return next(name for name in call.tensors if name.startswith("expert"))
 
 
 @law(80, "op")

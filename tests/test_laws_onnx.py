@@ -18,7 +18,7 @@ from hypothesis_profiles import law
 from onnx_cases import Case
 from op_calls import OUTPUTS, STATEFUL, Call, Named, axes, judged, near
 from op_scales import rounded, scales
-from strategies_ops import CASES, LAST, cuts, product_key_cases
+from strategies_ops import CASES, LAST, cut_cases, product_key_cases
 
 FLAVOURS = ["portable", "ort"]
 RUNTIME = "onnxruntime-cpu"
@@ -81,11 +81,11 @@ def test_onnx_body_equals_the_op_in_float64(op: str, flavour: str, dtype: torch.
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("op", STATEFUL)
 @law(16, "op")
-@given(data=st.data(), where=cuts)
-def test_onnx_body_cut_into_calls_equals_the_whole_in_float64(op: str, flavour: str, where: tuple[int, ...], data: st.DataObject) -> None:
-    call = complete(data.draw(CASES[op]).call()).to(torch.float32)
-    _, T = call.size
-    bounds = [0, *sorted({cut for cut in where if cut < T}), T]
+@given(data=st.data())
+def test_onnx_body_cut_into_calls_equals_the_whole_in_float64(op: str, flavour: str, data: st.DataObject) -> None:
+    case, where = data.draw(cut_cases(CASES[op]))
+    call = complete(case.call()).to(torch.float32)
+    bounds = [0, *where, case.T]
     states: Named = {}
     parts = []
     for start, end in pairwise(bounds):

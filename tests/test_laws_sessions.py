@@ -5,6 +5,7 @@ B rows, T tokens, S selected tokens, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -13,10 +14,11 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from hypothesis_profiles import law
-from model_pool import POOL, RUNTIMES, SIZES, Member, Pool
+import test_session_machine as machine
+from hypothesis_profiles import law, note_compared
+from model_pool import POOL, RUNNING, SIZES, Member, Pool, models_in, options_of
 from session_support import BAD, assert_same, check_fed, feed, meaning_of, state_of
-from strategies_models import SEEDS, Texts, cuts, orders, subsets, texts
+from strategies_models import SEEDS, Texts, orders, splits, subsets, texts
 from wm_graph.config import FEED_FORWARDS, FORMS, MIXERS, ModelConfig
 from wm_graph.errors import CapacityError, InputError
 from wm_graph.tolerances import score_budget
@@ -24,25 +26,22 @@ from wm_runtimes import RUNTIMES as ALL_RUNTIMES
 from wm_runtimes import Session, Snapshot, availability
 from wm_runtimes.snapshot import Array
 
-COMPILED = "log"  # the model that torch.compile is tried on: a scan, a window and experts
-ONNX = [name for name in RUNTIMES if name != "eager"]
+ONNX = [name for name in RUNNING if name.endswith(".onnx")]
 N = 90  # examples of a law in each runtime: sessions are to make three tenths of all examples
 
 
-@pytest.fixture(params=RUNTIMES, scope="module")
-def runtime(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
+each_runtime = pytest.mark.parametrize("runtime", RUNNING)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model of the pool, the sizes of a session on it, and a text for each row that fits."""
+    """A model of the pool, the sizes of a session on it, a text for each row that fits, and where to cut the longest."""
 
     model: str
     batch: int
     capacity: int
     texts: Texts
+    edges: tuple[int, ...] = ()
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(repr(self))  # in one line
@@ -54,10 +53,18 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn, shortest: int = 0, room: int = 0, sizes: Sequence[tuple[int, int]] = SIZES) -> Case:
-    """Cases whose rows have at least `shortest` tokens and leave `room`; at least one row has a token."""
-    model, (batch, capacity) = draw(st.sampled_from(sorted(POOL))), draw(st.sampled_from(sizes))
+def cases(draw: st.DrawFn, runtime: str, shortest: int = 0, room: int = 0, sizes: Sequence[tuple[int, int]] = SIZES) -> Case:
+    """Cases of the runtime's models whose rows have at least `shortest` tokens and leave `room`; at least one row has a token."""
+    model, (batch, capacity) = draw(st.sampled_from(models_in(runtime))), draw(st.sampled_from(sizes))
     return Case(model, batch, capacity, draw(texts(batch, capacity - room, shortest).filter(lambda rows: any(rows.lengths))))
+
+
+@st.composite
+def split_cases(draw: st.DrawFn, runtime: str) -> Case:
+    """Cases whose longest row is cut inside; a fifth of them or more reach the chunk of 64 tokens."""
+    model, long = draw(st.sampled_from(models_in(runtime))), draw(st.booleans())
+    batch, capacity = SIZES[-1] if long else draw(st.sampled_from(SIZES))
+    return Case(model, batch, capacity, *draw(splits(batch, capacity, long=long)))
 
 
 def check_next(member: Member, session: Session, runtime: str, rows: Sequence[Array]) -> int:
@@ -85,29 +92,42 @@ def test_the_pool_holds_every_layer_form_and_switch() -> None:
             assert {getattr(cfg, name) for cfg in configs} == {False, True}, name
 
 
-def test_every_runtime_that_runs_here_is_under_law() -> None:
-    covered = {str(options["runtime"]) for options in RUNTIMES.values()} | {"compiled"}
-    assert {name for name in ALL_RUNTIMES if availability(name) is None} <= covered
+def test_every_runtime_that_runs_here_is_under_every_law() -> None:
+    available = {name for name in ALL_RUNTIMES if availability(name) is None}
+    tests = [test for name, test in globals().items() if name.startswith("test_") and "runtime" in signature(test).parameters]
+    for test in [*tests, machine.test_every_row_equals_a_fresh_run_of_its_own_tokens]:
+        assert runtimes_of(test) >= available, test.__name__
+    assert len(tests) >= 11
+
+
+def runtimes_of(test: Any) -> set[str]:
+    """The runtimes that pytest will run a test in."""
+    marks = [mark for mark in test.pytestmark if mark.name == "parametrize" and mark.args[0] == "runtime"]
+    return {options_of(name)["runtime"] for mark in marks for name in mark.args[1]}
 
 
 # Texts
 
 
+@each_runtime
 @law(N, "session")
-@given(case=cases(), edges=cuts(70), garbage=SEEDS)
-def test_any_split_of_ragged_rows_equals_the_whole(pool: Pool, runtime: str, case: Case, edges: tuple[int, ...], garbage: int) -> None:
+@given(data=st.data(), garbage=SEEDS)
+def test_any_split_of_ragged_rows_equals_the_whole(pool: Pool, runtime: str, garbage: int, data: st.DataObject) -> None:
+    case = data.draw(split_cases(runtime), "case")
     member, session, rows = case.open(pool, runtime)
     compared = 0
-    for start, end in pairwise((0, *edges, 70)):
+    for start, end in pairwise((0, *case.edges, max(case.texts.lengths))):
         fed = feed(session, [row[start:end] for row in rows], garbage=garbage)
         compared += sum(check_fed(member, runtime, row, min(end, len(row)), got_SV) for row, got_SV in zip(rows, fed, strict=True))
     assert session.position.tolist() == [len(row) for row in rows]
     assume(compared)
 
 
+@each_runtime
 @law(N, "session")
-@given(case=cases(sizes=((3, 26), (2, 70))), garbage=SEEDS)
-def test_rows_together_equal_each_row_alone(pool: Pool, runtime: str, case: Case, garbage: int) -> None:
+@given(data=st.data(), garbage=SEEDS)
+def test_rows_together_equal_each_row_alone(pool: Pool, runtime: str, garbage: int, data: st.DataObject) -> None:
+    case = data.draw(cases(runtime, sizes=((3, 26), (2, 70))), "case")
     member, session, rows = case.open(pool, runtime)
     together, compared = feed(session, rows, garbage=garbage), 0
     for row, got_SV in zip(rows, together, strict=True):
@@ -120,9 +140,11 @@ def test_rows_together_equal_each_row_alone(pool: Pool, runtime: str, case: Case
     assume(compared)
 
 
+@each_runtime
 @law(N, "session")
-@given(case=cases(shortest=1), data=st.data())
-def test_logits_come_from_wherever_they_are_selected(pool: Pool, runtime: str, case: Case, data: st.DataObject) -> None:
+@given(data=st.data())
+def test_logits_come_from_wherever_they_are_selected(pool: Pool, runtime: str, data: st.DataObject) -> None:
+    case = data.draw(cases(runtime, shortest=1), "case")
     member, session, rows = case.open(pool, runtime)
     width = data.draw(st.integers(1, 5), "S")
     select_BS = np.array([data.draw(st.tuples(*[st.integers(0, len(row) - 1)] * width), "select") for row in rows])
@@ -135,9 +157,13 @@ def test_logits_come_from_wherever_they_are_selected(pool: Pool, runtime: str, c
     assume(compared)
 
 
+@each_runtime
 @law(N, "session")
-@given(case=cases(shortest=1, room=5), chunk=st.integers(1, 30), steps=st.integers(1, 5))
-def test_greedy_text_takes_the_tokens_that_the_oracle_likes_best(pool: Pool, runtime: str, case: Case, chunk: int, steps: int) -> None:
+@given(data=st.data(), chunk=st.integers(1, 30), steps=st.integers(1, 5))
+def test_greedy_text_takes_the_tokens_that_the_oracle_likes_best(
+    pool: Pool, runtime: str, chunk: int, steps: int, data: st.DataObject
+) -> None:
+    case = data.draw(cases(runtime, shortest=1, room=5), "case")
     member, session, rows = case.open(pool, runtime)
     budget, compared = score_budget("argmax", member.bundle.dtype).relative, 0
     for row, text in zip(rows, session.generate([row.tolist() for row in rows], steps, stop_ids=(), chunk=chunk), strict=True):
@@ -153,44 +179,51 @@ def test_greedy_text_takes_the_tokens_that_the_oracle_likes_best(pool: Pool, run
                     step,
                 )
                 compared += 1
-    assume(compared)
+    note_compared(compared)
 
 
 # Rows
 
 
+@each_runtime
 @law(N, "session")
-@given(case=cases(shortest=2, sizes=((3, 26), (2, 70))), data=st.data(), garbage=SEEDS)
-def test_a_subset_of_rows_in_any_order_leaves_the_others_bit_by_bit(
-    pool: Pool, runtime: str, case: Case, data: st.DataObject, garbage: int
-) -> None:
+@given(data=st.data(), garbage=SEEDS)
+def test_a_subset_of_rows_in_any_order_leaves_the_others_bit_by_bit(pool: Pool, runtime: str, garbage: int, data: st.DataObject) -> None:
+    case = data.draw(cases(runtime, shortest=2, sizes=((3, 26), (2, 70))), "case")
     member, session, rows = case.open(pool, runtime)
     feed(session, [row[: len(row) // 2] for row in rows], garbage=garbage)
     before = state_of(session)
     subset = data.draw(subsets(case.batch), "rows")
     fed = feed(session, [rows[row][len(rows[row]) // 2 :] for row in subset], subset, garbage + 1)
     others = [row for row in range(case.batch) if row not in subset]
+    assume(others or list(subset) != sorted(subset))
     assert_same(state_of(session), before, others)
     assume(sum(check_fed(member, runtime, rows[row], len(rows[row]), got_SV) for row, got_SV in zip(subset, fed, strict=True)))
 
 
+@each_runtime
 @law(N, "session")
-@given(case=cases(room=1, sizes=((3, 26), (2, 70))), data=st.data())
-def test_permuted_rows_go_on_as_the_rows_they_were(pool: Pool, runtime: str, case: Case, data: st.DataObject) -> None:
+@given(data=st.data())
+def test_permuted_rows_go_on_as_the_rows_they_were(pool: Pool, runtime: str, data: st.DataObject) -> None:
+    case = data.draw(cases(runtime, room=1, sizes=((3, 26), (2, 70))), "case")
     member, session, rows = case.open(pool, runtime)
     feed(session, rows)
     before, order = state_of(session), data.draw(orders(case.batch), "order")
     session.permute(order)
+    assume(any(len(rows[row]) for row in order) and any((array != array[list(order)]).any() for array in before.values()))
     assert_same(state_of(session), before, expected_rows=list(order))
     assume(check_next(member, session, runtime, [rows[row] for row in order]))
 
 
+@each_runtime
 @law(N, "session")
-@given(case=cases(room=1), fresh=texts(3, 8), data=st.data())
-def test_reset_rows_start_anew_and_the_others_go_on(pool: Pool, runtime: str, case: Case, fresh: Texts, data: st.DataObject) -> None:
+@given(data=st.data(), fresh=texts(3, 8))
+def test_reset_rows_start_anew_and_the_others_go_on(pool: Pool, runtime: str, fresh: Texts, data: st.DataObject) -> None:
+    case = data.draw(cases(runtime, room=1), "case")
     member, session, rows = case.open(pool, runtime)
     feed(session, rows)
     before, reset = state_of(session), data.draw(subsets(case.batch), "reset")
+    assume(any(len(rows[row]) for row in reset))
     session.reset(reset)
     others = [row for row in range(case.batch) if row not in reset]
     assert_same(state_of(session), before, others)
@@ -204,11 +237,13 @@ def test_reset_rows_start_anew_and_the_others_go_on(pool: Pool, runtime: str, ca
 # Snapshots
 
 
+@each_runtime
 @law(N, "session")
-@given(case=cases(room=2), after=texts(3, 2), through_file=st.booleans())
+@given(data=st.data(), after=texts(3, 2), through_file=st.booleans())
 def test_a_snapshot_restores_every_bit_in_memory_and_through_a_file(
-    pool: Pool, runtime: str, tmp_path_factory: pytest.TempPathFactory, case: Case, after: Texts, through_file: bool
+    pool: Pool, runtime: str, tmp_path_factory: pytest.TempPathFactory, after: Texts, through_file: bool, data: st.DataObject
 ) -> None:
+    case = data.draw(cases(runtime, room=2), "case")
     member, session, rows = case.open(pool, runtime)
     feed(session, rows)
     saved, before = session.snapshot(), state_of(session)
@@ -230,11 +265,14 @@ def test_a_snapshot_restores_every_bit_in_memory_and_through_a_file(
     assume(compared)
 
 
+@each_runtime
 @law(N, "session")
-@given(case=cases(room=1), other=st.sampled_from(list(RUNTIMES)), through_file=st.booleans())
+@given(data=st.data(), through_file=st.booleans())
 def test_a_snapshot_goes_on_in_another_runtime(
-    pool: Pool, runtime: str, tmp_path_factory: pytest.TempPathFactory, case: Case, other: str, through_file: bool
+    pool: Pool, runtime: str, tmp_path_factory: pytest.TempPathFactory, through_file: bool, data: st.DataObject
 ) -> None:
+    case = data.draw(cases(runtime, room=1), "case")
+    other = data.draw(st.sampled_from([name for name in RUNNING if case.model in models_in(name)]), "other")
     member, session, rows = case.open(pool, runtime)
     feed(session, rows)
     target = member.session(other, case.batch, case.capacity, "other")
@@ -249,11 +287,11 @@ def test_a_snapshot_goes_on_in_another_runtime(
 # Refusals
 
 
+@each_runtime
 @law(N, "session")
-@given(case=cases(), over=st.integers(1, 40), data=st.data())
-def test_more_than_the_capacity_is_refused_and_every_bit_stays(
-    pool: Pool, runtime: str, case: Case, over: int, data: st.DataObject
-) -> None:
+@given(data=st.data(), over=st.integers(1, 40))
+def test_more_than_the_capacity_is_refused_and_every_bit_stays(pool: Pool, runtime: str, over: int, data: st.DataObject) -> None:
+    case = data.draw(cases(runtime), "case")
     member, session, rows = case.open(pool, runtime)
     feed(session, rows)
     before, row = state_of(session), data.draw(st.integers(0, case.batch - 1), "row")
@@ -271,9 +309,11 @@ def test_more_than_the_capacity_is_refused_and_every_bit_stays(
     assume(check_fed(member, runtime, filled, case.capacity, got_SV) if room else False)
 
 
+@each_runtime
 @law(N, "session")
-@given(case=cases(room=2), bad=st.sampled_from(sorted(BAD)))
-def test_bad_input_is_refused_and_every_bit_stays(pool: Pool, runtime: str, case: Case, bad: str) -> None:
+@given(data=st.data(), bad=st.sampled_from(sorted(BAD)))
+def test_bad_input_is_refused_and_every_bit_stays(pool: Pool, runtime: str, bad: str, data: st.DataObject) -> None:
+    case = data.draw(cases(runtime, room=2), "case")
     member, session, rows = case.open(pool, runtime)
     feed(session, rows)
     before = state_of(session)
@@ -289,35 +329,16 @@ def test_bad_input_is_refused_and_every_bit_stays(pool: Pool, runtime: str, case
 
 @law(N, "session")
 @pytest.mark.parametrize("graph", ONNX)
-@given(case=cases(), edges=cuts(70))
-@example(case=Case("bamba", 2, 70, Texts(0, (0, 3))), edges=(2,))  # padding is left in cells past the position
-def test_writing_in_place_equals_copying_bit_by_bit(pool: Pool, graph: str, case: Case, edges: tuple[int, ...]) -> None:
+@given(case=split_cases(ONNX[0]))
+@example(case=Case("bamba", 2, 70, Texts(0, (0, 3)), (2,)))  # padding is left in cells past the position
+def test_writing_in_place_equals_copying_bit_by_bit(pool: Pool, graph: str, case: Case) -> None:
     member, session, rows = case.open(pool, graph)
     copying = member.session(graph, case.batch, case.capacity, "copying", alias=False)
     compared = 0
-    for start, end in pairwise((0, *edges, 70)):
+    for start, end in pairwise((0, *case.edges, max(case.texts.lengths))):
         pieces = [row[start:end] for row in rows]
         for row, got_SV, want_SV in zip(rows, feed(session, pieces), feed(copying, pieces), strict=True):
             np.testing.assert_array_equal(got_SV, want_SV)
             compared += check_fed(member, graph, row, min(end, len(row)), got_SV)
     assert_same(meaning_of(session), meaning_of(copying))
     assume(compared)
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own import
-@law(N, "session")
-@given(data=st.data(), edges=cuts(26), garbage=SEEDS, order=orders(3))
-def test_compiled_keeps_the_laws_of_splits_subsets_and_permutations(
-    pool: Pool, data: st.DataObject, edges: tuple[int, ...], garbage: int, order: tuple[int, ...]
-) -> None:
-    member = pool[COMPILED]
-    session = member.session("compiled", 3, 26)
-    rows, compared = data.draw(texts(3, 25, 1), "texts").rows(member.cfg.vocab_size), 0
-    for start, end in pairwise((0, *edges, 25)):
-        subset = [row for row in order if start < len(rows[row])]
-        subset = list(dict.fromkeys([*subset, *(row for row in range(3) if start < len(rows[row]))]))
-        if subset:
-            fed = feed(session, [rows[row][start:end] for row in subset], subset, garbage)
-            compared += sum(check_fed(member, "compiled", rows[row], min(end, len(rows[row])), fed[at]) for at, row in enumerate(subset))
-    session.permute(order)
-    assume(compared + check_next(member, session, "compiled", [rows[row] for row in order]))

@@ -1,5 +1,6 @@
 """The model's laws: one definition, any schedule. B rows, T tokens, S capacity, V vocabulary."""
 
+import json
 import math
 from dataclasses import replace
 from functools import cache
@@ -14,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from helpers import FAMILIES, LIMIT, NEW_FAMILIES, OPTIONS, Judge, lively_params, random_tokens
 from helpers import MODELS as FIRST_MODELS
 from wm_graph import Model, ModelConfig, State, forward, init_params, load_checkpoint, save_checkpoint, zero_state
+from wm_graph.errors import ConfigError
 from wm_graph.oracle import oracle_forward
 from wm_graph.params import cast_params, named_tensors, parameter_count, params_to_flat
 from wm_graph.presets import PRESETS
@@ -73,6 +75,39 @@ def test_in_place_equals_functional_bitwise(name: str) -> None:
     assert torch.equal(functional[0], in_place[0])
     for tap, value in functional[1].items():
         assert torch.equal(value, in_place[1][tap])
+
+
+@pytest.mark.parametrize("name", [*SMALL, "jamba-tiny", "cheems-2407-tiny"])
+@pytest.mark.parametrize("tokens", [1, 12])
+def test_in_place_form_writes_into_every_tensor_of_the_given_state(name: str, tokens: int) -> None:
+    cfg = MODELS[name]
+    params, tokens_BT = lively_params(cfg), random_tokens(cfg, 2, tokens)
+    given, start = zero_state(cfg, 2, 32), zero_state(cfg, 2, 32)
+    _, returned = forward(cfg, params, tokens_BT, given, in_place=True)
+    _, functional = forward(cfg, params, tokens_BT, start)
+    for leaf, value in leaves(returned).items():
+        assert value is leaves(given)[leaf], leaf
+        assert torch.equal(value, leaves(functional)[leaf]), leaf
+        # Static scores of seen keys may be 0, as those of free cells are.
+        assert leaf.endswith(".score") or not torch.equal(value, leaves(start)[leaf]), leaf
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_state_before_any_token_is_zero_but_for_what_marks_empty_slots(name: str) -> None:
+    found = leaves(zero_state(MODELS[name], 3, 9))
+    for leaf, value in found.items():
+        layer, kind = f".{leaf}".rsplit(".", 1)
+        slots = f"{layer}.slot_position".removeprefix(".") in found
+        assert (value == ({"score": -math.inf, "slot_position": -1}.get(kind, 0) if slots else 0)).all(), leaf
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_state_has_keys_and_values_in_the_model_s_dtype_and_sums_in_float32_or_higher(name: str, dtype: torch.dtype) -> None:
+    for leaf, value in leaves(zero_state(MODELS[name], 2, 9, dtype)).items():
+        kind = leaf.rsplit(".", 1)[-1]
+        high = torch.float64 if dtype == torch.float64 else torch.float32
+        assert value.dtype == {"k": dtype, "v": dtype, "position": torch.int64, "slot_position": torch.int64}.get(kind, high), leaf
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -190,6 +225,28 @@ def test_counted_parameters_are_the_held_ones(name: str) -> None:
 def test_configuration_round_trip(name: str) -> None:
     cfg = ModelConfig.preset(name)
     assert ModelConfig.from_json(cfg.to_json()) == cfg
+
+
+def json_with(**changes: object) -> str:
+    return json.dumps(ModelConfig.preset("llama-tiny").to_dict() | changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[]", "expected a JSON object, got list"),
+        (json_with(layers="attention"), "'layers' must be a list"),
+        (json_with(layers=[["attention"]]), "'layers' must be a list"),
+        (json_with(layers=["ab"]), "'layers' must be a list"),
+        (json_with(no_such=1), "unknown field 'no_such'"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_is_refused_in_one_line(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^ModelConfig: .*{message}") as caught:
+        ModelConfig.from_json(text)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import oracles
 import wm_kernels as wm
 from wm_kernels.keep_window_attention import keep_window_attention_reference
+from wm_kernels.keep_window_attention.slots import used_slots
 from wm_kernels.product_key_topk.definition import ordered_topk
 
 LENGTHS = [1, 2, 63, 64, 65, 130]
@@ -210,6 +211,15 @@ def test_keep_window_attention_in_small_query_chunks_is_the_same(monkeypatch):
     monkeypatch.setattr(sys.modules["wm_kernels.keep_window_attention.slots"], "MASK_ELEMENTS", 600)
     for actual, expected in zip(keep_window_attention_reference(*call), whole, strict=True):
         near(actual, expected)
+
+
+@pytest.mark.parametrize(("last", "used"), [([-1, -1], 0), ([0, -1], 1), ([-1, 3], 4), ([2, 7], 8)])
+def test_used_slots_are_those_up_to_the_last_in_use_of_any_row(last, used):
+    position_BKS = torch.full((2, 2, 8), -1)
+    for b, slot in enumerate(last):
+        if slot >= 0:
+            position_BKS[b, 1, slot] = 0  # the first token of all is in use too
+    assert used_slots(position_BKS) == used
 
 
 @settings(max_examples=15, deadline=None)

@@ -1,5 +1,7 @@
 """Registration: fake kernels, autograd, the in-place forms, the errors, and torch.compile."""
 
+import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -167,6 +169,14 @@ def test_gradient_of_the_stateful_op_is_the_derivative(name, form):
     assert torch.autograd.gradcheck(op, requiring_grad(call), fast_mode=True)
 
 
+def test_gradient_of_one_tensor_in_two_places_is_the_sum_of_both():
+    q, k, _ = qkv(T, D)
+    apart, shared = requiring_grad((q, k, k)), requiring_grad((q, k))
+    both = torch.autograd.grad(wm.attention(*apart, *(None,) * 4)[0].square().sum(), apart[1:])
+    (once,) = torch.autograd.grad(wm.attention(*shared, shared[1], *(None,) * 4)[0].square().sum(), shared[1])
+    torch.testing.assert_close(once, both[0] + both[1])
+
+
 @pytest.mark.parametrize("form", STATE_FORMS)
 @pytest.mark.parametrize("name", ["conv", "selective"])
 def test_gradient_of_a_channelwise_op_is_the_derivative_also_through_one_output(name, form):
@@ -224,6 +234,17 @@ def test_attention_ops_agree_with_their_references(form):
         (wm.keep_window_attention, keep_window_attention_reference, keep_call(*form, D)),
     ):
         torch.testing.assert_close(op(*call)[0][valid_row], reference(*call)[0][valid_row])
+
+
+@pytest.mark.parametrize("name", [name for name in wm.__all__ if not name.endswith("_")])
+def test_op_has_the_arguments_and_defaults_of_its_reference(name):
+    reference = getattr(importlib.import_module(f"wm_kernels.{name}.definition"), f"{name}_reference")
+    found = getattr(torch.ops.wm, name).default._schema.arguments
+    # What a reference takes beyond that is another runtime's ranking, for the oracle.
+    expected = list(inspect.signature(reference).parameters.values())[: len(found)]
+    assert [argument.name for argument in found] == [argument.name for argument in expected]
+    defaults = [argument.default_value if argument.has_default_value() else inspect.Parameter.empty for argument in found]
+    assert defaults == [argument.default for argument in expected]
 
 
 def test_outputs_share_no_memory_with_inputs():

@@ -140,6 +140,20 @@ def test_small_spans_of_queries_are_the_same(scoring, monkeypatch):
         near(actual, expected)
 
 
+def test_a_mask_has_at_most_the_entries_that_are_held_at_a_time(monkeypatch):
+    held, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def measured(*tensors, attn_mask):
+        held.append(attn_mask.numel())
+        return attend(*tensors, attn_mask=attn_mask)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", measured)
+    monkeypatch.setattr(sys.modules["wm_kernels.scored_attention.definition"], "MASK_ELEMENTS", 700)
+    scored_attention_reference(*inputs(20), *caches(30), torch.tensor([9, 0]), None, "additive", 0.0)
+    assert len(held) > 1
+    assert max(held) <= 700
+
+
 def test_gradient_reaches_the_scores_only_where_they_are_added():
     for scoring in SCORINGS:
         call = [value.requires_grad_() for value in inputs(5)]

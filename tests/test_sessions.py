@@ -102,6 +102,13 @@ def test_a_subset_of_rows_equals_those_rows_and_leaves_the_others_untouched(sess
         np.testing.assert_array_equal(after[name][rows], full[name][rows], err_msg=name)
 
 
+def test_select_takes_token_0_of_a_row_without_tokens_and_gives_zeros(session: Session) -> None:
+    logits_BSV = session.prefill(np.ones((3, 2), int), valid=[2, 0, 1], select=[[1], [0], [0]])
+    assert not logits_BSV[1].any()
+    assert logits_BSV[0].any()
+    assert session.position.tolist() == [2, 0, 1]
+
+
 def test_select_names_the_tokens_whose_logits_come(session: Session) -> None:
     before = session.snapshot()
     every = session.prefill(np.arange(12).reshape(3, 4), select=np.tile(np.arange(4), (3, 1)))

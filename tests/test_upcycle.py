@@ -1,7 +1,9 @@
 """`upcycle`: a dense model becomes sparse and computes the same. B rows, T tokens."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from wm_graph import ModelConfig, forward, load_checkpoint, save_checkpoint, upc
 from wm_graph.errors import ConfigError
 from wm_graph.params import params_to_flat
 from wm_graph.shapes import count_parameters
-from wm_graph.upcycling import CARRIED, upcycle_checkpoint, upcycled_config
+from wm_graph.upcycling import CARRIED, _available_memory, upcycle_checkpoint, upcycled_config
 from wm_runtimes import open_session
 
 SIZES = {"n_expert": 64, "n_retrieval_head": 2, "n_pick": 4, "d_retrieval": 16}
@@ -135,6 +137,34 @@ def test_experts_past_the_memory_are_refused_before_anything_is_drawn(capfd, tmp
     assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
     assert "the tables of 64 experts need" in result.err
     assert not (tmp_path / "other").exists()
+
+
+def gives(answer: object) -> Callable[..., object]:
+    def call(*_: object) -> object:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("meminfo", "pages", "expected"),
+    [
+        ("MemTotal: 9 kB\nMemAvailable:   7 kB\n", 5, 7 * 1024),
+        ("MemTotal: 9 kB\n", 5, 25),
+        ("MemAvailable: some\n", 5, 25),
+        ("no such format", 5, 25),
+        (OSError(), 5, 25),
+        (OSError(), AttributeError(), None),
+        (OSError(), OSError(), None),
+        (OSError(), ValueError(), None),
+    ],
+)
+def test_memory_is_what_the_system_says_in_one_way_or_another(monkeypatch, meminfo: object, pages: object, expected: int | None) -> None:
+    monkeypatch.setattr("wm_graph.upcycling.Path", lambda _: SimpleNamespace(read_text=gives(meminfo)))
+    monkeypatch.setattr("wm_graph.upcycling.os", SimpleNamespace(sysconf=gives(pages)))
+    assert _available_memory() == expected
 
 
 def test_biases_are_refused_and_nothing_is_written(capfd, tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ _OPS: dict[str, tuple[float, float, str]] = {
     "attention_rope": (16, 3, "as attention, with q and k rotated, and rounded before they meet"),
     "keep_window_attention": (16, 2, "as attention, over the kept keys"),
     "product_key_topk": (8, 2, "softmax over scores that are products over half a query"),
-    "expert_mix": (8, 2, "a product over the width per expert, then a sum over the experts"),
+    "expert_mix": (16, 2, "a product over the width per expert, then a sum over the experts, which may nearly cancel"),
     "scored_attention": (16, 2, "as attention, with a score added to each logit in float32"),
     "router_topk": (16, 2, "softmax over all experts, or over those chosen"),
     "moe_mix": (16, 2, "two products per expert, over the width and the inner width, then a sum over the experts"),
@@ -169,20 +169,20 @@ MODEL_LIMITS: tuple[ModelLimit, ...] = (
     ModelLimit("float32", "onnxruntime-cpu", 2.0, 1e-4, 1e-3, "other matrix products, other orders of summation"),
     ModelLimit("float16", "eager", 1.05, 5e-2, 2e-2, "the same arithmetic as the yardstick, in place"),
     ModelLimit("float16", "compiled", 1.5, 5e-2, 2e-2, "fused operations keep float32 between steps that eager rounds"),
-    ModelLimit("float16", "onnxruntime-cpu", 1.0, 5e-2, 2e-2, "bodies and matrix products in float32, rounded between nodes: 0.2 to 0.6"),
+    ModelLimit("float16", "onnxruntime-cpu", 1.0, 5e-2, 2e-2, "bodies and matrix products in float32, rounded between nodes: 0.2 to 0.8"),
     ModelLimit("bfloat16", "eager", 1.05, 3e-1, 2e-1, "the same arithmetic as the yardstick, in place"),
     ModelLimit("bfloat16", "compiled", 1.5, 3e-1, 2e-1, "fused operations keep float32 between steps that eager rounds"),
 )
 
 _HALF = "an op computes in float32 and rounds once, to a quarter of R's floor: sound runtimes stay below 0.5"
 _BETWEEN = "sound runtimes reach 3.3: logits of routers and queries of product keys, of which one run has few"
-_DEPTH = "as between ops, of which errors come in"
+_DEPTH = "it only says where to look; sound runtimes reach 9.3 in float32 (a scan of one row of 9 tokens), 2.6 in float16"
 ONE_RUN_LIMITS: tuple[OneRunLimit, ...] = (
     OneRunLimit("op", "float32", 8.0, "sound runtimes reach 3.8: ssd_scan on a few rows"),
     OneRunLimit("op", "float16", 1.5, _HALF),
     OneRunLimit("op", "bfloat16", 1.5, _HALF),
     *(OneRunLimit("between", dtype, 8.0, _BETWEEN) for dtype in UNIT_ROUNDOFF),
-    *(OneRunLimit("depth", dtype, 8.0, _DEPTH) for dtype in UNIT_ROUNDOFF),
+    *(OneRunLimit("depth", dtype, 16.0, _DEPTH) for dtype in UNIT_ROUNDOFF),
 )
 
 # Two float64 computations of the same, as shares of the largest value; tests hold references, laws and oracles to them.

@@ -1,14 +1,16 @@
 """The first tensor that is out of budget, between two runtimes or two bundles of one configuration, in log-many runs.
 
-1. One run of each side, with nothing recorded but choices, tells every step's logits and states. Each tensor is measured against a float64
-   oracle that makes the side's choices: R = rms(side - oracle) / rms(yardstick - oracle), the yardstick being the plain references in the
-   model's dtype. The first step with a tensor far out is where to look.
+1. One run of each side, of which nothing is recorded, tells every step's logits and states; where the model chooses, another run tells
+   the choices. Each tensor is measured against a float64 oracle that makes the side's choices:
+   R = rms(side - oracle) / rms(yardstick - oracle), the yardstick being the plain references in the model's dtype. The first step with a
+   tensor far out is where to look.
 2. A binary search over the ops of that step, in the order in which they run, each probe a run that records one op.
 3. One run that records all that led there. Every op is judged on the inputs that it really got, and every stretch of code between ops on
    the outputs it really got (`op_checks`): the first that fails is at fault, whatever an error did further down, and a different but
    legitimate choice fails nothing. If none does, one run records all steps: errors that later steps hide are found too.
 
-An error that is there while little is recorded, and gone when all is, lies in what recording changes: then the binary search decides.
+An error that is there while little is recorded, and gone when all is, lies in what recording changes: then the binary search decides. One
+that is there only while nothing is recorded is the session's own.
 """
 
 import math
@@ -74,17 +76,25 @@ def _differing_weight(a: Target, b: Target) -> Finding | None:
     first, second = PlainModel(a.bundle).tensors, PlainModel(b.bundle).tensors
     for name, value in first.items():
         other = second[name]
-        u = 0.0 if value.dtype == other.dtype else max(float(torch.finfo(part.dtype).eps) / 2 for part in (value, other))
-        error = distance(other, value, torch.ones_like(value, dtype=torch.bool))
-        allowed = u * value.double().abs() * (1 + u) + (float(torch.finfo(other.dtype).tiny) * u)
-        over = (other.double() - value.double()).abs() > allowed
-        if over.any():
-            index = error.index
-            R = error.rms / (u * error.scale_rms) if u * error.scale_rms else math.inf
+        u, least = _rounding(value.dtype, other.dtype)
+        error = (other.double() - value.double()).abs()
+        over = error - (u * (1 + u) * value.double().abs() + least)
+        if not (over <= 0).all():
+            index = tuple(int(axis) for axis in torch.unravel_index(over.nan_to_num(torch.inf).argmax(), over.shape))
+            rms, scale = (float(part.square().mean().sqrt()) for part in (error, value.double()))
+            R = rms / (u * scale) if u * scale else math.inf
             values = (float(value[index]), float(other[index]), float(value[index]))
             where = (name, name, "parameter", name.rsplit(".", 1)[-1], (name,), "weights", -1, b.label, index)
-            return Finding(*where, *values, R, 1.0, error.largest, float(allowed[index]))
+            return Finding(*where, *values, R, 1.0, float(error[index]), float(error[index] - over[index]))
     return None
+
+
+def _rounding(one: torch.dtype, other: torch.dtype) -> tuple[float, float]:
+    """How far rounding to the coarser of two dtypes moves a number: as a share of it, and where it is tiny."""
+    if one == other:
+        return 0.0, 0.0
+    kinds = [torch.finfo(dtype) for dtype in (one, other)]
+    return max(kind.eps / 2 for kind in kinds), max(kind.smallest_normal * kind.eps / 2 for kind in kinds)
 
 
 class _Reference:
@@ -129,6 +139,7 @@ class _Side:
     def __init__(self, target: Target, reference: _Reference, feed: Feed) -> None:
         self.target, self.reference, self._feed = target, reference, feed
         self.runs = 0
+        self.plain: list[Step] = []
         self.swept: list[Step] = []
         calls = reference.model.calls
         self._probe: Probe | None = None
@@ -152,10 +163,11 @@ class _Side:
         return self._probe.run(self._feed, wanted, last)
 
     def begin(self, selecting: frozenset[str]) -> list[Step]:
-        """The first run, which tells the choices that the oracle then follows."""
-        steps = self.run(lambda number, name: name in selecting)
-        self.followed = self.reference.oracle if self.is_oracle else self.reference.following(steps)
-        return steps
+        """The first run, of which nothing is recorded; where the model chooses, another tells the choices, which the oracle follows."""
+        self.plain = self.run(lambda number, name: False)
+        told = self.run(lambda number, name: name in selecting) if selecting and not self.is_oracle else self.plain
+        self.followed = self.reference.oracle if self.is_oracle else self.reference.following(told)
+        return self.plain
 
     def at_depth(self, step: Step, call: Call | None, leaves_only: bool = False) -> list[Check]:
         """R of a call's outputs, or of the logits, beside the oracle that follows this side; choices apart."""
@@ -213,7 +225,7 @@ class _Bisection:
             if (finding := self._sweep(number)) is not None:
                 return finding
             if not self._still_bad(number, last):
-                return self._at_depth(number, suspect)
+                return self._alone(number, suspect) or self._unrecorded(number)
         self.progress("every op of every step", 0.9)
         return self._sweep(self.steps - 1)
 
@@ -278,16 +290,33 @@ class _Bisection:
         names = [call.name for call in self.calls]
         return (len(names) if check.call is None else names.index(check.call.name)), int(not check.between)
 
-    def _at_depth(self, number: int, place: int) -> Finding:
-        """What the search found, from runs that record it alone."""
-        found = []
+    def _alone(self, number: int, place: int) -> Finding | None:
+        """What the search found, from runs that record it alone; None where it is right in them."""
         for side in self.sides:
             side.swept = side.run(self._just(number, place), number)
-            found += [(check, side) for check in side.at_depth(side.swept[number], (*self.calls, None)[place])]
-        check, side = max(found, key=lambda item: item[0].R)
-        return self._finding(side, number, check)
+        return self._worst(number, [(*self.calls, None)[place]])
 
-    def _finding(self, side: _Side, number: int, check: Check) -> Finding:
+    def _unrecorded(self, number: int) -> Finding | None:
+        """What is off only while nothing is recorded: no op, but what the session does around them."""
+        for side in self.sides:
+            side.swept = side.plain
+        return self._worst(number, [*self.calls, None], "session")
+
+    def _worst(self, number: int, calls: Sequence[Call | None], op: str = "") -> Finding | None:
+        """The tensor that is furthest out in what was run last: of several calls, among the states and logits."""
+        found = [
+            (check, side)
+            for side in self.sides
+            for call in calls
+            for check in side.at_depth(side.swept[number], call, leaves_only=len(calls) > 1)
+            if not check.passed
+        ]
+        if not found:
+            return None
+        check, side = max(found, key=lambda item: math.inf if math.isnan(item[0].R) else item[0].R)
+        return self._finding(side, number, check, op)
+
+    def _finding(self, side: _Side, number: int, check: Check, op: str = "") -> Finding:
         call, between = check.call, check.between or check.call is None
         argument = check.tensor.rpartition(".")[2].removesuffix("_in")
         reads = () if not between else call.reads[argument] if call else side.reference.model.read_at_end
@@ -297,7 +326,7 @@ class _Bisection:
         return Finding(
             tensor=check.tensor,
             module=module,
-            op="model" if between or call is None else call.op,
+            op=op or ("model" if between or call is None else call.op),
             output=check.tensor.rsplit(".", 1)[-1],
             reads=reads,
             step=self.feed.label(number),

@@ -6,6 +6,7 @@ B rows, T tokens of a whole row (prompt and decoded), P longest prompt, S select
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from wm_runtimes.session import Session
 Array = np.ndarray[Any, np.dtype[Any]]
 Choices = Mapping[str, Array]
 _LOGITS_AT_ONCE = 2**25
+_LOGITS = "logits"
 
 
 @dataclass(frozen=True)
@@ -23,16 +25,16 @@ class Draws:
     """Rows of tokens that are run together: row b is a prompt of valid_B[b] tokens, then `steps` single tokens, then padding.
 
     Attributes:
-        tokens_BT: the rows, int64; T = longest prompt + steps.
+        tokens_BT: the rows, int64; T = longest prompt of these rows + steps.
         valid_B: prompt lengths.
         steps: decode steps.
-        cut: tokens of every prompt that are fed in a call of their own, fewer than the shortest has; 0 for prompts in one piece.
+        first_B: how many tokens of each prompt are fed in a call of their own, from none to all; None for prompts in one piece.
     """
 
     tokens_BT: Array
     valid_B: Array
     steps: int
-    cut: int = 0
+    first_B: Array | None = None
 
     @property
     def mask_BT(self) -> Array:
@@ -89,11 +91,12 @@ class SessionRunner:
         return self.session.decode(tokens_B), {}
 
 
-def make_draws(vocab_size: int, draws: int, seed: int, longest_prompt: int, steps: int) -> list[Draws]:
+def make_draws(vocab_size: int, draws: int, seed: int, longest_prompt: int, steps: int, farthest_prompt: int = 0) -> list[Draws]:
     """At least `draws` random rows, in groups of equal size; the first two have prompts of the longest length and of 1.
 
     The last row of a group of three or more has the longest prompt too: padding at the end of the flat tokens would hide a lost rest. Every
-    second group is fed in two pieces.
+    second group is fed in two pieces, of which two rows leave one empty. The last row of all has `farthest_prompt` tokens, if those are
+    more.
 
     Raises:
         InputError: a count is out of range.
@@ -101,61 +104,66 @@ def make_draws(vocab_size: int, draws: int, seed: int, longest_prompt: int, step
     for name, value, least in (("draws", draws, 1), ("longest_prompt", longest_prompt, 1), ("decode_steps", steps, 0)):
         if value < least:
             raise InputError(f"parity: {name} is {value}, expected at least {least}")
-    length = longest_prompt + steps
-    rows = min(8, draws, max(1, _LOGITS_AT_ONCE // (length * vocab_size)))
+    rows = min(8, draws, max(1, _LOGITS_AT_ONCE // ((longest_prompt + steps) * vocab_size)))
     generator = np.random.default_rng(seed)
     groups = -(-draws // rows)
     valid_GB = generator.integers(1, longest_prompt + 1, (groups, rows))
     valid_GB.flat[:2] = (longest_prompt, 1)[: valid_GB.size]
     if rows > 2:
         valid_GB[:, -1] = longest_prompt
-    tokens_GBT = generator.integers(0, vocab_size, (groups, rows, length))
-    cut_G = np.zeros(groups, np.int64)
-    if longest_prompt > 1:
-        valid_GB[1::2] = np.maximum(valid_GB[1::2], max(2, longest_prompt // 2))
-        cut_G[1::2] = generator.integers(1, valid_GB[1::2].min(1))
-    made = [Draws(tokens_BT, valid_B, steps, int(cut)) for tokens_BT, valid_B, cut in zip(tokens_GBT, valid_GB, cut_G, strict=True)]
-    for group in made:
-        group.tokens_BT[~group.mask_BT] = 0
+    valid_GB[-1, -1] = max(valid_GB[-1, -1], farthest_prompt)
+    # Of every row the same share comes first, so that no padded piece reaches beyond the end of the longest.
+    share_G = generator.uniform(0.25, 0.75, groups)
+    if rows > 2:
+        valid_GB[1::2, 1] = np.minimum(valid_GB[1::2, 1], np.maximum(1, share_G * valid_GB.max(1))[1::2])
+    first_GB = (valid_GB * share_G[:, None]).astype(np.int64)
+    first_GB[:, 0] = 0
+    first_GB[:, 1:2] = valid_GB[:, 1:2] if rows > 2 else first_GB[:, 1:2]
+    made = []
+    for group, (valid_B, first_B) in enumerate(zip(valid_GB, first_GB, strict=True)):
+        tokens_BT = generator.integers(0, vocab_size, (rows, int(valid_B.max()) + steps))
+        made.append(Draws(tokens_BT, valid_B, steps, first_B if group % 2 and first_B.any() else None))
+        tokens_BT[~made[-1].mask_BT] = 0
     return made
 
 
 def run_draws(runner: Runner, draws: Draws) -> Trace:
     """Feed draws to a runner: the prompts in one piece or two, then the decode steps of all rows together."""
     valid_B, rows = draws.valid_B, np.arange(len(draws.valid_B))
-    prompt_BP = draws.tokens_BT[:, : valid_B.max()]
-    pieces = [_feed(runner.prefill, prompt_BP[:, : draws.cut], np.full_like(valid_B, draws.cut))] if draws.cut else []
-    pieces.append(_feed(runner.extend if draws.cut else runner.prefill, prompt_BP[:, draws.cut :], valid_B - draws.cut))
-    parts = [{name: np.concatenate([piece[name] for piece in pieces], 1) for name in pieces[0]}]
+    none_B = np.zeros_like(valid_B)
+    edges = [none_B, valid_B] if draws.first_B is None else [none_B, draws.first_B, valid_B]
+    told: dict[str, Array] = {}
+    for start_B, end_B in pairwise(edges):
+        feed = runner.extend if told else runner.prefill
+        _place(told, draws, start_B, end_B - start_B, *_piece(feed, draws, start_B, end_B - start_B))
     seconds = []
     for step in range(draws.steps):
         start = time.perf_counter()
         logits_BV, choices = runner.decode(draws.tokens_BT[rows, valid_B + step])
         seconds.append(time.perf_counter() - start)
-        parts.append({"logits": logits_BV[:, None], **by_token(choices, (len(rows), 1))})
-    aligned = {name: _align(draws, [part[name] for part in parts]) for name in parts[0]}
-    logits_BTV = aligned.pop("logits")
-    return Trace(logits_BTV, aligned, tuple(seconds))
+        _place(told, draws, valid_B + step, np.ones_like(valid_B), logits_BV[:, None], by_token(choices, (len(rows), 1)))
+    return Trace(told.pop(_LOGITS), told, tuple(seconds))
 
 
-def _feed(feed: Callable[[Array, Array, Array], tuple[Array, Choices]], tokens_BT: Array, valid_B: Array) -> dict[str, Array]:
-    """What a runner tells of every token of some pieces of prompts."""
-    select_BT = np.minimum(np.arange(tokens_BT.shape[1]), valid_B[:, None] - 1)
-    logits_BTV, choices = feed(tokens_BT, valid_B, select_BT)
-    return {"logits": logits_BTV, **by_token(choices, tokens_BT.shape)}
+def _piece(
+    feed: Callable[[Array, Array, Array], tuple[Array, Choices]], draws: Draws, start_B: Array, count_B: Array
+) -> tuple[Array, Choices]:
+    """Logits and choices of every token of a piece of each prompt."""
+    place_BP = np.arange(int(count_B.max()))
+    tokens_BP = np.take_along_axis(draws.tokens_BT, np.minimum(start_B[:, None] + place_BP, draws.tokens_BT.shape[1] - 1), 1)
+    logits_BPV, choices = feed(tokens_BP, count_B, np.clip(place_BP, 0, np.maximum(count_B - 1, 0)[:, None]))
+    return logits_BPV, by_token(choices, tokens_BP.shape)
+
+
+def _place(told: dict[str, Array], draws: Draws, start_B: Array, count_B: Array, logits_BPV: Array, choices: Choices) -> None:
+    """Put what was told of some tokens of each row, [B, P, ...], where they stand in the row."""
+    row_N, place_N = np.nonzero(np.arange(logits_BPV.shape[1]) < count_B[:, None])
+    for name, value in {_LOGITS: logits_BPV, **choices}.items():
+        if name not in told:
+            told[name] = np.zeros((*draws.tokens_BT.shape, *value.shape[2:]), value.dtype)
+        told[name][row_N, start_B[row_N] + place_N] = value[row_N, place_N]
 
 
 def by_token(choices: Choices, shape: tuple[int, ...]) -> Choices:
     """Choices of a router, which are flat over tokens and what each chooses side by side, as [B, T, R, k]; others as they are."""
     return {name: value.reshape(*shape, -1, value.shape[-1]) if value.ndim == 2 else value for name, value in choices.items()}
-
-
-def _align(draws: Draws, parts: list[Array]) -> Array:
-    """Prefill values [B, P, ...] and step values [B, 1, ...] -> [B, T, ...] in the order of each row's tokens."""
-    rows = np.arange(len(draws.valid_B))
-    out = np.zeros((*draws.tokens_BT.shape, *parts[0].shape[2:]), parts[0].dtype)
-    prompt_BP = np.arange(parts[0].shape[1]) < draws.valid_B[:, None]
-    out[:, : prompt_BP.shape[1]][prompt_BP] = parts[0][prompt_BP]
-    for step, part in enumerate(parts[1:]):
-        out[rows, draws.valid_B + step] = part[:, 0]
-    return out

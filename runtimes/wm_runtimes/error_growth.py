@@ -14,11 +14,11 @@ import numpy as np
 
 from wm_graph.params import Params
 from wm_graph.tolerances import FLOOR_ULPS, UNIT_ROUNDOFF, model_limit
-from wm_runtimes import open_session
 from wm_runtimes.bundle import Bundle
 from wm_runtimes.choice_names import choice_names
 from wm_runtimes.choices import EagerRunner
 from wm_runtimes.draws import Array, Choices, Draws, Runner, SessionRunner, run_draws
+from wm_runtimes.labels import graph_option, open_labelled, runtime_of
 from wm_runtimes.op_parity import YARDSTICK, TellingOracle
 from wm_runtimes.parity import Progress
 from wm_runtimes.selections import NOTHING_CHOSEN, Judgement
@@ -170,7 +170,7 @@ class _Growth:
         return [self._row(name, below) for name in self.errors]
 
     def _row(self, name: str, below: float) -> GrowthRow:
-        limit = model_limit(self.bundle.dtype, "eager" if name == YARDSTICK else name)
+        limit = model_limit(self.bundle.dtype, "eager" if name == YARDSTICK else runtime_of(name))
         return GrowthRow(
             dtype=self.bundle.dtype,
             runtime=name,
@@ -199,15 +199,15 @@ class _Growth:
             if name == YARDSTICK:
                 runner: Runner = EagerRunner(self.bundle.config, self.params, length, self.choices)
             else:
-                session = stack.enter_context(open_session(self.bundle, name, rows, length))
+                session = stack.enter_context(open_labelled(self.bundle, name, rows, length))
                 runner = SessionRunner(session)
-                if self.choices and name != "onnxruntime-cpu":
+                if self.choices and session.runtime != "onnxruntime-cpu":
                     runner = RecordedOps(runner, self.choices, self.recorded)
                     stack.enter_context(runner.recording())
             kept = _KeptSteps(runner, self.marks)
             choices = run_draws(kept, self.draws).choices
-            if self.choices and name == "onnxruntime-cpu":
-                promoted = stack.enter_context(closing(PromotedValues(self.bundle, rows, length, self.choices)))
+            if self.choices and name != YARDSTICK and runtime_of(name) == "onnxruntime-cpu":
+                promoted = stack.enter_context(closing(PromotedValues(self.bundle, rows, length, self.choices, **graph_option(name))))
                 choices = run_draws(_KeptSteps(promoted, ()), self.draws).choices
         return np.stack(kept.logits, 1).astype(np.float64), choices
 

@@ -3,10 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from wm_graph.errors import ConfigError
-from wm_runtimes import RUNTIMES
 from wm_runtimes.bundle import Bundle
 from wm_runtimes.json_values import json_values
+from wm_runtimes.labels import split_label
 from wm_runtimes.onnxruntime_cpu import GRAPHS
 
 ORACLE = "oracle"
@@ -38,17 +37,8 @@ def parse_target(bundle: Bundle, text: str) -> Target:
     Raises:
         ConfigError: there is no such runtime or graph.
     """
-    runtime, _, graph = text.partition(":")
-    known = (*RUNTIMES, ORACLE)
-    if runtime not in known:
-        raise ConfigError(f"unknown runtime {runtime!r}; choose from {', '.join(known)}")
-    if runtime != "onnxruntime-cpu":
-        if graph:
-            raise ConfigError(f"{text}: {runtime} runs no graph; write {runtime}")
-        return Target(bundle, runtime)
-    if graph and graph not in GRAPHS:
-        raise ConfigError(f"{text}: no graph {graph!r}; choose from {', '.join(GRAPHS)}")
-    return Target(bundle, runtime, graph or GRAPHS[0])
+    runtime, graph = split_label(text, (ORACLE,))
+    return Target(bundle, runtime, graph or (GRAPHS[0] if runtime == "onnxruntime-cpu" else ""))
 
 
 @dataclass(frozen=True)
@@ -58,7 +48,7 @@ class Finding:
     Attributes:
         tensor: its name; `*_in` is what an op was given, other names are those of taps.
         module: the part of the model that made it, as its parameters are called.
-        op: the op that made it; `model` for code between ops, `parameter` for a weight.
+        op: the op that made it; `model` for code between ops, `parameter` for a weight, `session` for what the runtime does around the ops.
         output: which output of the op, or which input of the next.
         reads: parameters that the code between ops applies.
         step: in words.

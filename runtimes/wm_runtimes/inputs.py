@@ -109,7 +109,7 @@ def check_select(select: Any, valid_B: Array) -> Array:
     select_BS = integers(select, "select")
     if select_BS.ndim != 2 or select_BS.shape[0] != len(valid_B) or not select_BS.shape[1]:
         raise InputError(f"select: shape {list(select_BS.shape)}, expected [{len(valid_B)}, S] with S of at least 1")
-    bad_BS = (select_BS < 0) | (select_BS >= valid_B[:, None])
+    bad_BS = (select_BS < 0) | (select_BS >= np.maximum(valid_B, 1)[:, None])
     if bad_BS.any():
         row, index = np.argwhere(bad_BS)[0].tolist()
         raise InputError(f"select: index {int(select_BS[row, index])} in row {row}, which has {int(valid_B[row])} valid tokens")

@@ -100,6 +100,12 @@ class Call:
         return {f"{self.name}.{one.name}_in": one for one in arguments_of(self.op) if one.source == "computed" and one.name not in known}
 
     @property
+    def given(self) -> dict[str, str]:
+        """Tensor name -> `position`, `valid` or `length`, of the rows' numbers that the call is told."""
+        told = [one.name for one in arguments_of(self.op) if one.source == "given" and one.name not in self.absent]
+        return {f"{self.name}.{name}_in": name for name in told}
+
+    @property
     def states(self) -> dict[str, str]:
         """State argument -> leaf of the state, in the order of the outputs that return them."""
         names = [one.name for one in arguments_of(self.op) if one.source == "state"]

@@ -20,11 +20,11 @@ from wm_graph.oracle import oracle_forward
 from wm_graph.params import Params
 from wm_graph.taps import Taps
 from wm_graph.tolerances import FLOOR_ULPS, UNIT_ROUNDOFF, model_limit, op_limit
-from wm_runtimes import open_session
 from wm_runtimes.bundle import Bundle
 from wm_runtimes.choice_names import choice_names
 from wm_runtimes.choices import EagerRunner
 from wm_runtimes.draws import Array, Choices, Draws, Runner, SessionRunner, by_token, make_draws, run_draws
+from wm_runtimes.labels import graph_option, open_labelled, runtime_of
 from wm_runtimes.parity import Oracle, Progress
 from wm_runtimes.tap_runners import STATE, PromotedValues, RecordedOps, StatesApart, compared_names, op_of, rotated_pairs
 
@@ -239,9 +239,10 @@ class _Comparison:
 
     def _runner(self, name: str, batch: int, capacity: int) -> Runner:
         """A runtime that tells every value."""
-        if name == "onnxruntime-cpu":
-            return self._open_sessions.enter_context(closing(PromotedValues(self.bundle, batch, capacity, self._names())))
-        return self._recorded(SessionRunner(self._open_sessions.enter_context(open_session(self.bundle, name, batch, capacity))))
+        if runtime_of(name) == "onnxruntime-cpu":
+            promoted = PromotedValues(self.bundle, batch, capacity, self._names(), **graph_option(name))
+            return self._open_sessions.enter_context(closing(promoted))
+        return self._recorded(SessionRunner(self._open_sessions.enter_context(open_labelled(self.bundle, name, batch, capacity))))
 
     def _recorded(self, inner: Runner) -> Runner:
         return RecordedOps(inner, self._names(), self.recorded, rotated_pairs(self.recorded))
@@ -262,7 +263,7 @@ class _Comparison:
     def _row(self, name: str, op: str, taps: list[str]) -> OpRow:
         dtype = self.bundle.dtype
         # Some ops work in float32 whatever the model's dtype.
-        u = UNIT_ROUNDOFF[dtype if op == LOGITS else op_limit(op, dtype, name).dtype]
+        u = UNIT_ROUNDOFF[dtype if op == LOGITS else op_limit(op, dtype, runtime_of(name)).dtype]
         sums, eager = ({tap: self.sums[who][tap] for tap in taps} for who in (name, YARDSTICK))
         rows = tuple(self._tap_row(tap, sums[tap], eager[tap], u) for tap in taps)
         below = max(self._pooled(eager), FLOOR_ULPS * u)
@@ -272,7 +273,7 @@ class _Comparison:
             op=op,
             values=sum(part.count for part in sums.values()),
             R=self._pooled(sums) / below,
-            R_limit=model_limit(dtype, name).R,
+            R_limit=model_limit(dtype, runtime_of(name)).R,
             ulps=float(np.max([row.ulps for row in rows])),
             taps=rows,
             spread=_spread(sums.values()),

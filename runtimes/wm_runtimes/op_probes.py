@@ -91,7 +91,11 @@ class OnnxProbe:
         numbers = range(len(feed.decoded_NB) + feed.pieces)
         calls = [call for call in self._calls if any(wanted(number, call.name) for number in numbers)]
         values = {name: place for call in calls for name, place in _wanted(call).items()}
-        with PromotingSession(self._bundle, len(feed.length_B), feed.capacity, values, self._graph, spin=False) as session:
+        sizes = len(feed.length_B), feed.capacity
+        if not values:  # the session as it is, which may do what no session that tells values does
+            with open_session(self._bundle, "onnxruntime-cpu", *sizes, graph=self._graph, spin=False) as plain:
+                return run_session(plain, feed, lambda step: None, lambda step: None, last)
+        with PromotingSession(self._bundle, *sizes, values, self._graph, spin=False) as session:
 
             def finish(step: Step) -> None:
                 told = {name for call in calls if wanted(step.number, call.name) for name in _wanted(call)}
@@ -103,7 +107,8 @@ class OnnxProbe:
 def _wanted(call: Call) -> dict[str, tuple[str, int]]:
     """Tensor name -> where its node has it: a node has the op's tensors as inputs, in order."""
     tensors = [one.name for one in arguments_of(call.op) if one.letters]
-    inputs = {name: (call.name, -1 - tensors.index(one.name)) for name, one in call.inputs.items()}
+    arguments = {name: one.name for name, one in call.inputs.items()} | call.given
+    inputs = {name: (call.name, -1 - tensors.index(argument)) for name, argument in arguments.items()}
     return inputs | {f"{call.name}.{output}": (call.name, place) for place, output in enumerate(call.fresh)}
 
 

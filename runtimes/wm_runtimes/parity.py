@@ -31,10 +31,13 @@ from wm_runtimes.choice_names import choice_names, op_of, options_of
 from wm_runtimes.choices import EagerRunner, TellingSession
 from wm_runtimes.draws import Array, Choices, Draws, Trace, by_token, make_draws, run_draws
 from wm_runtimes.json_values import json_values
+from wm_runtimes.labels import graph_option, runtime_of
 from wm_runtimes.selections import NOTHING_CHOSEN, Judgement, judge_experts, judge_router, judge_threshold, judge_window
 from wm_runtimes.session import Session
 
 Progress = Callable[[str, float], None]
+FARTHEST = 271  # tokens of one prompt: more than 256 positions, and several chunks
+_ANY_LENGTH = 2**62  # of rows: every call that may choose
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ class Oracle:
 
     def run(self, draws: Draws, replay: Choices | None = None, noise: float = 0.0) -> Trace:
         """Logits after every token, and the oracle's queries, logits, scores and experts; float64. For `noise` see `oracle_forward`."""
-        wanted = set(choice_names(self.cfg, draws.tokens_BT.shape[1]))
+        wanted = set(choice_names(self.cfg, _ANY_LENGTH))
         wanted |= {_reason_name(name) for name in wanted}
         taps = Taps({name: torch.from_numpy(self._possible(name, value)) for name, value in (replay or {}).items()}, wanted.__contains__)
         logits_BTV, _ = oracle_forward(self.cfg, self.params, torch.from_numpy(draws.tokens_BT), taps=taps, noise=noise)
@@ -215,6 +218,7 @@ def measure_parity(
     progress: Progress | None = None,
     *,
     longest_prompt: int = 79,
+    farthest_prompt: int = 0,
     decode_steps: int = 8,
     options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> ParityReport:
@@ -222,13 +226,14 @@ def measure_parity(
 
     Args:
         bundle: an open bundle.
-        runtimes: names of runtimes.
+        runtimes: runtimes, or labels such as `onnxruntime-cpu:model.onnx`.
         draws: random rows, of prompts from 1 to `longest_prompt` tokens.
         seed: of the draws.
         progress: called with what is being done and the fraction done.
         longest_prompt: tokens of the longest prompt; an odd number, times 8 rows, leaves a rest to kernels that take 16 tokens at a time.
+        farthest_prompt: tokens of the last prompt, if those are more; fewer where the model has fewer positions.
         decode_steps: single tokens after each prompt.
-        options: runtime -> options of its session.
+        options: runtime, as in `runtimes` -> options of its session.
 
     Raises:
         InputError: no runtime is named, one is unknown, or a count is out of range.
@@ -238,9 +243,10 @@ def measure_parity(
     if not runtimes:
         raise InputError("parity: no runtime named; name at least one")
     for name in runtimes:
-        if reason := availability(name):
+        if reason := availability(runtime_of(name)):
             raise RuntimeUnavailableError(f"{name}: {reason}")
-    groups = make_draws(bundle.limits.vocab_size, draws, seed, longest_prompt, decode_steps)
+    farthest_prompt = min(farthest_prompt, bundle.limits.max_position - decode_steps)
+    groups = make_draws(bundle.limits.vocab_size, draws, seed, longest_prompt, decode_steps, farthest_prompt)
     params = params_from_flat(bundle.config, load_tensors(bundle.path))
     measurement = _Measurement(bundle, params, groups, list(dict.fromkeys(runtimes)), options or {})
     return measurement.run(progress or (lambda text, fraction: None))
@@ -253,7 +259,7 @@ class _Measurement:
         self, bundle: Bundle, params: Params, groups: list[Draws], runtimes: list[str], options: Mapping[str, Mapping[str, Any]]
     ) -> None:
         self.bundle, self.params, self.groups, self.runtimes, self.options = bundle, params, groups, runtimes, options
-        self.batch, self.capacity = groups[0].tokens_BT.shape
+        self.batch, self.capacity = len(groups[0].valid_B), max(group.tokens_BT.shape[1] for group in groups)
         self.names = choice_names(bundle.config, self.capacity)
         self.oracle = Oracle(bundle.config, params, bundle.dtype)
         self.u = UNIT_ROUNDOFF[bundle.dtype]
@@ -265,7 +271,7 @@ class _Measurement:
         """Measure every group, then divide."""
         yardstick = EagerRunner(self.bundle.config, self.params, self.capacity, self.names)
         sessions = {name: self._open(name) for name in self.runtimes}
-        telling = {name: TellingSession(session, self.names, self.options.get(name, {})) for name, session in sessions.items()}
+        telling = {name: TellingSession(session, self.names, self._options(name)) for name, session in sessions.items()}
         stages = len(self.groups) * (1 + len(self.runtimes))
         for index, draws in enumerate(self.groups):
             done = index * (1 + len(self.runtimes))
@@ -285,7 +291,10 @@ class _Measurement:
         return self._report()
 
     def _open(self, name: str) -> Session:
-        return open_session(self.bundle, name, self.batch, self.capacity, **self.options.get(name, {}))
+        return open_session(self.bundle, runtime_of(name), self.batch, self.capacity, **self._options(name))
+
+    def _options(self, name: str) -> dict[str, Any]:
+        return {**graph_option(name), **self.options.get(name, {})}
 
     def _add(self, sums: _Sums, draws: Draws, own: Trace, trace: Trace) -> None:
         expected_BTV, judgement = self.oracle.follow(draws, own, trace.choices)
@@ -303,7 +312,7 @@ class _Measurement:
         return ParityReport(self.bundle.name, self.batch * len(self.groups), tokens, self.eager.rms, scale, rows)
 
     def _row(self, name: str, sums: _Sums, below: float, scale: float) -> ParityRow:
-        limit = model_limit(self.bundle.dtype, name)
+        limit = model_limit(self.bundle.dtype, runtime_of(name))
         seconds = self.seconds[name]
         return ParityRow(
             runtime=name,

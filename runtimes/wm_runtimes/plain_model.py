@@ -28,7 +28,7 @@ class Feed:
 
     Attributes:
         prompt_BP: prompts, right-padded.
-        length_B: their lengths, at least `pieces` each.
+        length_B: their lengths, at least 1; a row of fewer tokens than pieces is empty in some.
         pieces: in how many calls they are fed.
         decoded_NB: tokens of the decode steps.
     """
@@ -234,13 +234,13 @@ def _call(name: str, op: str, args: tuple[Any, ...], read: tuple[tuple[str, ...]
 def record_inputs(step: Step, call: Call, args: tuple[Any, ...]) -> None:
     """Keep what the model computed for a call."""
     places = {one.name: place for place, one in enumerate(arguments_of(call.op))}
-    for name, one in call.inputs.items():
-        step.values[name] = args[places[one.name]].clone()
+    for name, argument in ({name: one.name for name, one in call.inputs.items()} | call.given).items():
+        step.values[name] = args[places[argument]].clone()
 
 
 def every_token(step: Step) -> Tensor:
-    """Indices [B, T] of the tokens whose logits are wanted: all, and the last valid one again in place of padding."""
-    return torch.minimum(torch.arange(step.tokens_BT.shape[1]), step.valid_B.unsqueeze(1) - 1)
+    """Indices [B, T] of the tokens whose logits are wanted: all, and the last valid one again in place of padding; 0 in empty rows."""
+    return torch.minimum(torch.arange(step.tokens_BT.shape[1]), step.valid_B.unsqueeze(1) - 1).clamp(min=0)
 
 
 def choosing(op: str, args: tuple[Any, ...], made: tuple[Tensor, ...], expert: Tensor | None) -> tuple[Tensor, Tensor]:

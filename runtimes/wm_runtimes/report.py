@@ -14,12 +14,13 @@ from wm_graph.errors import InputError, RuntimeUnavailableError
 from wm_graph.params import params_from_flat
 from wm_graph.taps import OP_OUTPUTS
 from wm_graph.tolerances import RUNTIME_DTYPES, UNIT_ROUNDOFF
-from wm_runtimes import RUNTIMES, availability, open_session
+from wm_runtimes import RUNTIMES, availability
 from wm_runtimes.bundle import Bundle
 from wm_runtimes.error_growth import PROMPT, STEPS, GrowthRow, measure_growth
 from wm_runtimes.json_values import json_values
+from wm_runtimes.labels import open_labelled, runtime_of
 from wm_runtimes.op_parity import OpRow, TapRow, measure_ops
-from wm_runtimes.parity import ParityReport, Progress, measure_parity
+from wm_runtimes.parity import FARTHEST, ParityReport, Progress, measure_parity
 
 PACKAGES = ("wm-graph", "torch", "onnxruntime", "onnx", "numpy")
 OTHER = "between ops"
@@ -166,7 +167,7 @@ def measure_report(
         if not running:
             continue
         params = params_from_flat(bundle.config, load_tensors(bundle.path))
-        models.append(measure_parity(bundle, running, draws, seed, whole))
+        models.append(measure_parity(bundle, running, draws, seed, whole, farthest_prompt=FARTHEST))
         ops += measure_ops(bundle, params, running, seed=seed, progress=every_op)
         if bundle.limits.max_position > PROMPT:
             growth += measure_growth(bundle, params, running, steps, seed, long)
@@ -191,7 +192,7 @@ def _check(bundles: Sequence[Bundle], runtimes: Sequence[str]) -> None:
         if (twin := next((one for one in bundles[:index] if one.dtype == bundle.dtype), None)) is not None:
             raise InputError(f"{bundle.path}: {bundle.dtype}, as {twin.path} is; name one bundle of each dtype")
     for name in runtimes:
-        if reason := availability(name):
+        if reason := availability(runtime_of(name)):
             raise RuntimeUnavailableError(f"{name}: {reason}")
 
 
@@ -206,7 +207,7 @@ def _place(bundles: Sequence[Bundle], runtimes: Sequence[str]) -> tuple[list[Pla
     for bundle in bundles:
         for name in dict.fromkeys(runtimes):
             try:
-                with open_session(bundle, name, 1, min(64, bundle.limits.max_position)) as session:
+                with open_labelled(bundle, name, 1, min(64, bundle.limits.max_position)) as session:
                     placed = session.placement()
             except RuntimeUnavailableError as error:
                 refused[name, bundle.dtype] = str(error)
@@ -238,7 +239,7 @@ def _not_run(
     for name in RUNTIMES:
         if reason := availability(name):
             yield NotRun(name, reason)
-        elif name not in runtimes:
+        elif name not in map(runtime_of, runtimes):
             yield NotRun(name, "not asked for; name it in --runtimes")
     yield from (NotRun(f"{name}, {dtype}", reason) for (name, dtype), reason in refused.items())
     given = [bundle.dtype for bundle in bundles]

@@ -29,8 +29,8 @@ def command(
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Text to feed, continued with the likeliest tokens.")] = None,
     tokens: Annotated[str | None, typer.Option(metavar="IDS", help="The same as token ids, such as 1,80,81.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of random rows, where neither is given.")] = 0,
-    rows: Annotated[int, typer.Option(min=1, help="Random rows, of unequal lengths.")] = 3,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of the longest random row.")] = 80,
+    rows: Annotated[int, typer.Option(min=1, help="Random rows, of unequal lengths.")] = 8,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of the longest random row.")] = 300,
     pieces: Annotated[int, typer.Option(min=1, help="Feed each prompt in this many calls.")] = 2,
     steps: Annotated[int, typer.Option(min=0, help="Decode steps after the prompts.")] = 4,
     as_json: AsJson = False,
@@ -58,10 +58,10 @@ def command(
             tokens = ",".join(map(str, _ids(opened, prompt)))
         feed = make_feed(opened, tokens, seed, rows, length, pieces, steps)
         report = bisect(*sides, feed, progress)
-    again = {"--a": a, "--b": b, "--b-bundle": b_bundle, "--tokens": tokens, "--pieces": feed.pieces}
+    again = {"--a": a, "--b": b, "--b-bundle": b_bundle, "--tokens": tokens, "--pieces": pieces, "--steps": steps}
     if tokens is None:
         again |= {"--seed": seed, "--rows": rows, "--length": length}
-    reproduce = None if report.finding is None else _command(bundle, again, feed, report.finding)
+    reproduce = None if report.finding is None else _command(bundle, again)
     if as_json:
         print_json(report.to_dict() | {"reproduce": reproduce})
     else:
@@ -73,8 +73,10 @@ def command(
 def make_feed(bundle: "Bundle", tokens: str | None, seed: int, rows: int, length: int, pieces: int, steps: int) -> "Feed":
     """What is fed: one row of given tokens, continued greedily, or random rows; fewer decode steps do not change what comes before.
 
+    The longest of the random rows is cut to what the model has positions for.
+
     Raises:
-        ConfigError: rows are shorter than the number of pieces.
+        ConfigError: the longest row is shorter than the number of pieces, or the model has too few positions.
         InputError: `tokens` are no token ids.
     """
     import torch
@@ -82,7 +84,9 @@ def make_feed(bundle: "Bundle", tokens: str | None, seed: int, rows: int, length
     from wm_graph.errors import ConfigError, InputError
     from wm_runtimes.plain_model import Feed, PlainModel
 
-    vocabulary = bundle.limits.vocab_size
+    vocabulary, positions = bundle.limits.vocab_size, bundle.limits.max_position
+    if steps >= positions:
+        raise ConfigError(f"--steps {steps}: the model has {positions} positions; decode fewer")
     if tokens is not None:
         ids = parse_ids(tokens)
         if outside := [token for token in ids if not 0 <= token < vocabulary]:
@@ -90,11 +94,13 @@ def make_feed(bundle: "Bundle", tokens: str | None, seed: int, rows: int, length
         prompt = torch.tensor([ids])
         feed = Feed(prompt, torch.tensor([len(ids)]), min(pieces, len(ids)), torch.zeros((0, 1), dtype=torch.int64))
         return PlainModel(bundle).greedy(feed, steps)
+    length = min(length, positions - steps)
     if length < pieces:
         raise ConfigError(f"--length {length} is shorter than the {pieces} pieces of --pieces; give at least one token to a piece")
     generator = torch.Generator().manual_seed(seed)
-    length_B = torch.randint(pieces, length + 1, (rows,), generator=generator)
-    length_B[0], length_B[-1] = pieces, length  # the last row is full: a call that is not padded at its end
+    length_B = torch.randint(1, length + 1, (rows,), generator=generator)
+    # The first row is empty in all pieces but the last; the last row is full: a call that is not padded at its end.
+    length_B[0], length_B[-1] = 1, length
     prompt = torch.randint(0, vocabulary, (rows, length), generator=generator)
     decoded = [torch.randint(0, vocabulary, (rows,), generator=generator) for _ in range(steps)]
     return Feed(prompt, length_B, pieces, torch.stack(decoded) if decoded else torch.zeros((0, rows), dtype=torch.int64))
@@ -127,9 +133,8 @@ def _ids(bundle: "Bundle", text: str) -> list[int]:
     return ids
 
 
-def _command(bundle: Path, options: dict[str, Any], feed: "Feed", finding: "Finding") -> str:
-    """The command that finds the same, in as few decode steps as it takes."""
-    options = options | {"--steps": max(0, finding.step_number + 1 - feed.pieces)}
+def _command(bundle: Path, options: dict[str, Any]) -> str:
+    """The command that finds the same."""
     words = [word for name, value in options.items() if value is not None for word in (name, str(value))]
     return shlex.join(["wm", "bisect", str(bundle), *words])
 
@@ -146,7 +151,7 @@ def print_report(name: str, report: "Report", reproduce: str | None) -> None:
 
 
 def _fields(report: "Report", found: "Finding") -> dict[str, str]:
-    ops = {"model": "none: the code between two ops", "parameter": "none: a weight"}
+    ops = {"model": "none: the code between two ops", "parameter": "none: a weight", "session": "none: the session, around its graph"}
     fields = {"module": found.module, "op": ops.get(found.op, found.op), "output": found.output, "step": found.step}
     if found.op == "model" and found.output != "logits":
         fields["op"] += f", before {found.tensor.rpartition('.')[0]}"

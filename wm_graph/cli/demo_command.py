@@ -118,11 +118,11 @@ def _generate(bundle: Path, names: list[str]) -> None:
 def _parity(bundle: Path, names: list[str], draws: int) -> None:
     from wm_graph.cli.parity_command import print_report, require_passed
     from wm_runtimes import open_bundle
-    from wm_runtimes.parity import ParityReport, measure_parity
+    from wm_runtimes.parity import FARTHEST, ParityReport, measure_parity
 
     def measure() -> ParityReport:
         with progress_bar() as progress, quiet_libraries():
-            return measure_parity(open_bundle(bundle), names, draws=draws, progress=progress)
+            return measure_parity(open_bundle(bundle), names, draws=draws, progress=progress, farthest_prompt=FARTHEST)
 
     report = _step("5. Measuring parity", measure)
     print_report(report)

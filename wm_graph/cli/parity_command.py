@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wm_graph.cli.arguments import AsJson, RuntimeNames
-from wm_graph.cli.checks import available_runtimes, require_runtimes, split_names
+from wm_graph.cli.arguments import AsJson
+from wm_graph.cli.checks import available_runtimes, require_runtimes
 from wm_graph.cli.console import note, print_json, print_table, progress_bar
-from wm_graph.errors import InputError
+from wm_graph.errors import ConfigError, InputError
 from wm_graph.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 def command(
     bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="The bundle, or with --html one of each dtype of a model.")],
-    runtimes: RuntimeNames = None,
+    runtimes: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Runtimes; onnxruntime-cpu:model.onnx is its portable graph.  [default: all that run here]"),
+    ] = None,
     draws: Annotated[int, typer.Option(min=1, help="Random rows, each a prompt and a few decoded tokens.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page: every op, error growth, placement.")] = None,
@@ -33,11 +36,12 @@ def command(
 
     Exit code 1 says that one is past its limit.
     """
-    from wm_runtimes import RUNTIMES, open_bundle
+    from wm_runtimes import open_bundle
+    from wm_runtimes.labels import runtime_of
 
-    names = available_runtimes() if runtimes is None else split_names(runtimes, tuple(RUNTIMES), "runtime")
+    names = available_runtimes() if runtimes is None else _labels(runtimes)
     opened = [open_bundle(bundle) for bundle in bundles]
-    require_runtimes([*names, "eager"])
+    require_runtimes([*map(runtime_of, names), "eager"])
     if html is not None:
         _check_file(html)
         written = ["wm", "parity", *map(str, bundles), "--runtimes", ",".join(names), "--draws", str(draws), "--seed", str(seed)]
@@ -48,14 +52,27 @@ def command(
         raise InputError(f"parity: {len(opened)} bundles, expected one; several are compared on a page, by --html FILE")
     with progress_bar() as progress, quiet_libraries():
         progress("loading torch", 0.0)
-        from wm_runtimes.parity import measure_parity
+        from wm_runtimes.parity import FARTHEST, measure_parity
 
-        report = measure_parity(opened[0], names, draws=draws, seed=seed, progress=progress)
+        report = measure_parity(opened[0], names, draws=draws, seed=seed, progress=progress, farthest_prompt=FARTHEST)
     if as_json:
         print_json(report.to_dict())
     else:
         print_report(report)
     require_passed(report)
+
+
+def _labels(text: str) -> list[str]:
+    """Runtimes separated by commas; onnxruntime-cpu:model.onnx is its portable graph."""
+    from wm_runtimes import RUNTIMES
+    from wm_runtimes.labels import split_label
+
+    labels = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not labels:
+        raise ConfigError(f"no runtime named; choose from {', '.join(RUNTIMES)}")
+    for label in labels:
+        split_label(label)
+    return labels
 
 
 def _check_file(html: Path) -> None:
