@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sysconfig
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +91,11 @@ def render(found: dict[str, Row]) -> str:
         "| preset | dtype | runtime | draws | R | limit | max abs | limit | choices differing | verdict |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    order = list(PRESETS)
-    for key in sorted(found, key=lambda key: (order.index(key.split()[0]), key.split()[1] != "fp32")):
-        name, dtype = key.split()
-        if "error" in found[key]:
-            lines.append(f"| `{name}` | {DTYPES[dtype]} | – | – | – | – | – | – | – | not measured: {found[key]['error']} |")
-        lines += [_line(name, found[key]["draws"], row) for row in found[key].get("rows", [])]
+    for name, dtype in product(PRESETS, DTYPES):
+        row = found.get(f"{name} {dtype}", {"error": "not yet"})
+        if "error" in row:
+            lines.append(f"| `{name}` | {DTYPES[dtype]} | – | – | – | – | – | – | – | not measured: {row['error']} |")
+        lines += [_line(name, row["draws"], one) for one in row.get("rows", [])]
     return "\n".join(lines) + "\n"
 
 
