@@ -85,8 +85,8 @@ def render(found: dict[str, Row]) -> str:
     lines = [
         "# Parity of every preset\n",
         "Written by `python benchmarks/presets.py` from what `wm parity` measured; nothing is entered by hand. Random parameters, random",
-        "prompts of 1 to 79 tokens, half of them in two pieces, then 8 decoded tokens, against the float64 oracle. The limits are those of",
-        "[tolerances.md](tolerances.md). `compiled` is measured in float32 on models of up to 100 M parameters.\n",
+        "prompts of 1 to 79 tokens and one of 271, half of them in two pieces, then 8 decoded tokens, against the float64 oracle. The",
+        "limits are those of [tolerances.md](tolerances.md). `compiled` is measured in float32 on models of up to 100 M parameters.\n",
         f"u of float32 is {UNIT_ROUNDOFF['float32']:.3g}, of float16 {UNIT_ROUNDOFF['float16']:.3g}.\n",
         "| preset | dtype | runtime | draws | R | limit | max abs | limit | choices differing | verdict |",
         "|---|---|---|---|---|---|---|---|---|---|",
