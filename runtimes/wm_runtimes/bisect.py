@@ -14,14 +14,16 @@ that is there only while nothing is recorded is the session's own.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from wm_graph.checkpoints import load_tensors
 from wm_graph.errors import ConfigError, InputError, RuntimeUnavailableError
+from wm_graph.shapes import parameter_shapes
 from wm_graph.tolerances import FLOOR_ULPS, UNIT_ROUNDOFF, one_run_R
 from wm_runtimes import availability
 from wm_runtimes.bundle import Bundle
@@ -29,9 +31,8 @@ from wm_runtimes.findings import ORACLE, Finding, Report, Target
 from wm_runtimes.op_calls import SELECTING, Call, Step, token_mask
 from wm_runtimes.op_checks import Check, Judge, distance
 from wm_runtimes.op_probes import OnnxProbe, Probe, TorchProbe, Wanted
+from wm_runtimes.parity import Progress
 from wm_runtimes.plain_model import Feed, PlainModel
-
-Progress = Callable[[str, float], None]
 
 
 def bisect(a: Target, b: Target, feed: Feed, progress: Progress | None = None) -> Report:
@@ -50,7 +51,7 @@ def bisect(a: Target, b: Target, feed: Feed, progress: Progress | None = None) -
     """
     _check_sides(a, b, feed)
     if (finding := _differing_weight(a, b)) is not None:
-        return Report(a.label, b.label, len(PlainModel(a.bundle).tensors), 0, finding)
+        return Report(a.label, b.label, len(parameter_shapes(a.bundle.config)), 0, finding)
     return _Bisection(a, b, feed, progress or (lambda text, fraction: None)).report()
 
 
@@ -73,7 +74,7 @@ def _differing_weight(a: Target, b: Target) -> Finding | None:
     """The first parameter that two bundles hold differently, beyond what rounding to their dtypes explains."""
     if a.bundle.path == b.bundle.path:
         return None
-    first, second = PlainModel(a.bundle).tensors, PlainModel(b.bundle).tensors
+    first, second = load_tensors(a.bundle.path), load_tensors(b.bundle.path)
     for name, value in first.items():
         other = second[name]
         u, least = _rounding(value.dtype, other.dtype)

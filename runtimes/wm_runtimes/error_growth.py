@@ -20,7 +20,7 @@ from wm_runtimes.choices import EagerRunner
 from wm_runtimes.draws import Array, Choices, Draws, Runner, SessionRunner, run_draws
 from wm_runtimes.labels import graph_option, open_labelled, runtime_of
 from wm_runtimes.op_parity import YARDSTICK, TellingOracle
-from wm_runtimes.parity import Progress
+from wm_runtimes.parity import Progress, over_limits
 from wm_runtimes.selections import NOTHING_CHOSEN, Judgement
 from wm_runtimes.tap_runners import PromotedValues, RecordedOps
 
@@ -64,7 +64,7 @@ class GrowthRow:
             ("differing choices", self.choice_rate, self.choice_rate_limit),
             ("choice shortfall over budget", self.choice_excess, 1.0),
         )
-        return tuple(f"{name} {value:.3g} > {limit:.3g}" for name, value, limit in checks if not value <= limit)
+        return over_limits(checks)
 
     @property
     def passed(self) -> bool:

@@ -40,6 +40,11 @@ FARTHEST = 271  # tokens of one prompt: more than 256 positions, and several chu
 _ANY_LENGTH = 2**62  # of rows: every call that may choose
 
 
+def over_limits(checks: Sequence[tuple[str, float, float]]) -> tuple[str, ...]:
+    """Of (what, value, limit), those over their limits, in words; NaN is over every limit."""
+    return tuple(f"{name} {value:.4g} > {limit:.4g}" for name, value, limit in checks if not value <= limit)
+
+
 @dataclass(frozen=True)
 class ParityRow:
     """One runtime's distance from the oracle.
@@ -79,7 +84,7 @@ class ParityRow:
             ("differing choices", self.choice_rate, self.choice_rate_limit),
             ("choice shortfall over budget", self.choice_excess, 1.0),
         )
-        return tuple(f"{name} {value:.4g} > {limit:.4g}" for name, value, limit in checks if not value <= limit)
+        return over_limits(checks)
 
     @property
     def passed(self) -> bool:
