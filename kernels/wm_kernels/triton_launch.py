@@ -6,7 +6,7 @@ named in a plan, so that one that is computed for a call can as well be compiled
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -28,6 +28,7 @@ class Launch:
         num_warps: warps of a program.
         num_stages: depth of software pipelines.
         max_registers: of a thread, so that more programs fit a multiprocessor; None leaves it to the compiler.
+        compiled: what Triton made of it, by device and by what it tells tensors apart by; filled as calls are made.
     """
 
     kernel: Any
@@ -37,11 +38,23 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 2
     max_registers: int | None = None
+    compiled: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def options(self) -> dict[str, int | None]:
         """What Triton's compiler is told beside the constants."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
+
+    @cached_property
+    def blocks(self) -> tuple[int, int, int]:
+        """The grid with all of its three axes."""
+        x, y, z = (*self.grid, 1, 1)[:3]
+        return x, y, z
+
+    @cached_property
+    def ordered_constants(self) -> tuple[Any, ...]:
+        """The constants as the kernel orders its parameters."""
+        return tuple(self.constants[name] for name in self.kernel.arg_names if name in self.constants)
 
 
 @dataclass(frozen=True)
@@ -73,19 +86,39 @@ def run(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
     for name, wanted in plan.scratch.items():
         make = torch.zeros if wanted.zeroed else torch.empty
         named[name] = make(wanted.shape, dtype=wanted.dtype, device=device)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            _launch(plan, named)
+    if device.type != "cuda":
+        for launch in plan.launches:
+            _launch(launch, named)
+    elif device.index == torch.cuda.current_device():
+        for launch in plan.launches:
+            _launch_on_cuda(launch, named, device.index)
     else:
-        _launch(plan, named)
+        with torch.cuda.device(device):
+            for launch in plan.launches:
+                _launch_on_cuda(launch, named, device.index)
 
 
-def _launch(plan: Plan, named: Mapping[str, Tensor]) -> None:
-    for launch in plan.launches:
-        if 0 in launch.grid:
-            continue
-        arguments = [named[value] if isinstance(value, str) else value for value in launch.arguments]
-        launch.kernel[launch.grid](*arguments, **launch.constants, **launch.options)
+def _launch(launch: Launch, named: Mapping[str, Tensor]) -> Any:
+    if 0 in launch.grid:
+        return None
+    arguments = [named[value] if isinstance(value, str) else value for value in launch.arguments]
+    return launch.kernel[launch.grid](*arguments, **launch.constants, **launch.options)
+
+
+def _launch_on_cuda(launch: Launch, named: Mapping[str, Tensor], device: int) -> None:
+    """Launch what Triton compiled before, where it would take the same: its own look at every argument costs more than a short kernel."""
+    tensors = [named[value] for value in launch.arguments if isinstance(value, str)]
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    key = (device, *[tensor.dtype for tensor in tensors], *[pointer % 16 == 0 for pointer in pointers])
+    compiled = launch.compiled.get(key)
+    if compiled is None:
+        compiled = _launch(launch, named)
+        if compiled is not None:
+            launch.compiled[key] = compiled
+        return
+    given = iter(pointers)
+    arguments = [next(given) if isinstance(value, str) else value for value in launch.arguments]
+    compiled[launch.blocks](*arguments, *launch.ordered_constants)
 
 
 @cache
