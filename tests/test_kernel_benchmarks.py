@@ -95,4 +95,6 @@ def test_spaces_start_from_all_values_and_try_only_those(modules):
         names = {name for group in space.groups for values in group for name in values}
         assert names <= set(space.start)
         table = json.loads(files("wm_kernels").joinpath(space.case.op, "triton_configs.json").read_text(encoding="utf-8"))
-        assert all(set(row["values"]) == set(space.start) for row in table), space.case.op
+        served = [set(row["values"]) for row in table if row.get("regime", space.regime) == space.regime]
+        assert served, (space.case.op, space.regime)
+        assert all(values <= set(space.start) for values in served), (space.case.op, space.regime)
