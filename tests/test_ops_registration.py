@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import wm_kernels as wm
 from wm_kernels.attention import attention_reference
@@ -41,8 +42,13 @@ def qkv(tokens, dtype=torch.float32):
     return normal(B, tokens, H, P, dtype=dtype), normal(B, tokens, K, P, dtype=dtype), normal(B, tokens, K, P, dtype=dtype) + 0.1
 
 
+def cells(tokens):
+    return 9 if tokens <= T else 80
+
+
 def attention_call(tokens, state, valid, dtype=torch.float32):
-    cache = (normal(B, K, 9, P, dtype=dtype), normal(B, K, 9, P, dtype=dtype) + 0.1, torch.tensor([4, 0])) if state else (None, None, None)
+    shape = (B, K, cells(tokens), P)
+    cache = (normal(*shape, dtype=dtype), normal(*shape, dtype=dtype) + 0.1, torch.tensor([4, 0])) if state else (None, None, None)
     return *qkv(tokens, dtype), *cache, torch.tensor([tokens, tokens - 1]) if valid else None
 
 
@@ -79,21 +85,22 @@ def selective_call(tokens, state, valid, dtype=torch.float32):
 def scored_call(tokens, state, valid, dtype=torch.float32, scoring="additive", A=K):
     q, k, v, *cache, position, valid_B = attention_call(tokens, state, valid, dtype)
     # Above 1 for about half of the keys, below it for about half of them.
-    scores = normal(B, tokens, A, dtype=dtype) + 1, *cache, normal(B, A, 9, dtype=dtype) + 1 if state else None
+    scores = normal(B, tokens, A, dtype=dtype) + 1, *cache, normal(B, A, cells(tokens), dtype=dtype) + 1 if state else None
     return q, k, v, *scores, position, valid_B, scoring, 0.6
 
 
-def moe_call(gated, dtype=torch.float32):
-    x, weight = normal(5, 8, dtype=dtype), normal(5, 2, dtype=dtype)
-    expert, rows = torch.tensor([[0, 3], [3, 1], [3, 3], [0, 1], [1, 3]]), 12 if gated else 6
+def moe_call(gated, dtype=torch.float32, M=5):
+    x, weight = normal(M, 8, dtype=dtype), normal(M, 2, dtype=dtype)
+    expert = torch.tensor([[0, 3], [3, 1], [3, 3], [0, 1], [1, 3]]).repeat(M // 5 + 1, 1)[:M]
+    rows = 12 if gated else 6
     tables = normal(4, rows, 8, dtype=dtype), normal(4, 8, 6, dtype=dtype)
     biases = (None, None) if gated else (normal(4, rows, dtype=dtype), normal(4, 8, dtype=dtype))
     return x, expert, weight, tables[0], biases[0], tables[1], biases[1], "silu" if gated else "gelu", gated
 
 
-def plain_calls(dtype=torch.float32):
+def plain_calls(dtype=torch.float32, T=T):
     cos, sin = wm.rope_angles(torch.arange(T).repeat(B, 1), F, 100.0, dtype == D)
-    x, weight = normal(5, 8, dtype=dtype), normal(8, dtype=dtype)
+    x, weight = normal(T + 2, 8, dtype=dtype), normal(8, dtype=dtype)
     expert = torch.tensor([[[[0, 3], [3, 7]]] * T] * B)
     mix = normal(B, T, 8, dtype=dtype), expert, normal(B, T, 2, 2, dtype=dtype), normal(9, 8, dtype=dtype), normal(9, 8, dtype=dtype)
     return {
@@ -107,8 +114,8 @@ def plain_calls(dtype=torch.float32):
         "mix inside": (wm.expert_mix, (*mix, "gelu", True)),
         "router": (wm.router_topk, (x, 3, False)),
         "router normalized": (wm.router_topk, (x, 3, True)),
-        "moe": (wm.moe_mix, moe_call(False, dtype)),
-        "moe gated": (wm.moe_mix, moe_call(True, dtype)),
+        "moe": (wm.moe_mix, moe_call(False, dtype, T + 2)),
+        "moe gated": (wm.moe_mix, moe_call(True, dtype, T + 2)),
     }
 
 
@@ -395,6 +402,17 @@ def test_training_step_compiled_once_has_the_eager_gradients_at_two_lengths():
             gradients = torch.autograd.grad(compiled(*call), call)
         for actual, gradient in zip(gradients, expected, strict=True):
             torch.testing.assert_close(actual, gradient)
+
+
+@pytest.mark.parametrize("name", [*plain_calls(), *state_calls(T, True, True)])
+def test_64_lengths_make_at_most_two_graphs(name):
+    torch._dynamo.reset()
+    made = CompileCounter()
+    op = plain_calls()[name][0] if name in plain_calls() else state_calls(T, True, True)[name][0]
+    compiled = torch.compile(lambda *call: op(*call), backend=made, fullgraph=True)
+    for tokens in range(T + 1, T + 65):
+        compiled(*(plain_calls(T=tokens)[name][1] if name in plain_calls() else state_calls(tokens, True, True)[name][2]))
+    assert made.frame_count <= 2
 
 
 def test_ops_export_with_dynamic_sizes_and_no_guards():

@@ -1,0 +1,93 @@
+"""Launches: what Triton compiled is launched again, and only where it would take the same; lengths share what is compiled."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from wm_kernels.triton_launch import Launch, _launch_on_cuda
+
+ROOT = Path(__file__).parents[1]
+
+
+class Kernel:
+    """In place of a `triton.JITFunction`: notes what is asked of it, and what is asked of what it compiled."""
+
+    arg_names = ("x", "n", "y", "BLOCK", "EVEN")
+
+    def __init__(self):
+        self.looked_at, self.launched = [], []
+
+    def __getitem__(self, grid):
+        def call(*arguments, **constants):
+            self.looked_at.append((grid, arguments, constants))
+            return self.launched_from
+
+        return call
+
+    @property
+    def launched_from(self):
+        kernel = self
+
+        class Compiled:
+            def __getitem__(self, grid):
+                return lambda *arguments: kernel.launched.append((grid, arguments))
+
+        return Compiled()
+
+
+def launch(kernel, grid=(3, 2)):
+    return Launch(kernel, grid, ("x", 7, "y"), {"EVEN": True, "BLOCK": 64}, num_warps=2)
+
+
+def test_second_launch_takes_what_the_first_compiled():
+    kernel = Kernel()
+    one, tensors = launch(kernel), {"x": torch.zeros(8), "y": torch.zeros(8)}
+    for _ in range(3):
+        _launch_on_cuda(one, tensors, 0)
+    options = {"num_warps": 2, "num_stages": 2, "maxnreg": None}
+    assert kernel.looked_at == [((3, 2), (tensors["x"], 7, tensors["y"]), {"EVEN": True, "BLOCK": 64, **options})]
+    pointers = (tensors["x"].data_ptr(), 7, tensors["y"].data_ptr(), 64, True)
+    assert kernel.launched == [((3, 2, 1), pointers)] * 2
+
+
+@pytest.mark.parametrize("what", ["alignment", "dtype", "device"])
+def test_launch_that_triton_would_compile_anew_goes_through_triton(what):
+    kernel = Kernel()
+    one, tensors = launch(kernel), {"x": torch.zeros(8), "y": torch.zeros(8)}
+    others = {"alignment": tensors | {"y": torch.zeros(9)[1:]}, "dtype": tensors | {"y": torch.zeros(8, dtype=torch.float16)}}
+    _launch_on_cuda(one, tensors, 0)
+    _launch_on_cuda(one, others.get(what, tensors), int(what == "device"))
+    assert len(kernel.looked_at) == 2
+    assert not kernel.launched
+
+
+def test_empty_grid_launches_nothing():
+    kernel = Kernel()
+    for _ in range(2):
+        _launch_on_cuda(launch(kernel, (0, 2)), {"x": torch.zeros(8), "y": torch.zeros(8)}, 0)
+    assert not kernel.looked_at
+
+
+LENGTHS = """
+import torch
+from wm_kernels.residual_rms_norm.plan import plan
+from wm_kernels.triton_compile import compile_plan
+
+names = dict.fromkeys(("x_MD", "residual_MD", "scale_D", "weight_D", "normed_MD", "sum_MD"), torch.bfloat16)
+plans = [plan(M, 2048, torch.bfloat16, 1e-6, True, 2048, 2048, "sm_90") for M in (1024, 1023)]
+one, other = (compile_plan(plan, names, 90)[0].asm["ptx"] for plan in plans)
+assert one == other
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_lengths_divisible_by_16_or_not_compile_to_the_same():
+    paths = [str(ROOT), str(ROOT / "kernels"), *sys.path]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run([sys.executable, "-c", LENGTHS], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
