@@ -55,6 +55,9 @@ def test_an_oracle_makes_the_choices_it_is_told_and_its_own_change_nothing(name:
     followed, verdict = oracle.follow(draws, own, wrong)
     assert not verdict.passed
     assert np.abs(followed - own.logits_BTV).max() > 1e-3
+    for op in {op_of(name) for name in names}:
+        one = oracle.run(draws, {name: value for name, value in wrong.items() if op_of(name) == op})
+        assert np.abs(one.logits_BTV - own.logits_BTV).max() > 1e-4, op
     again = oracle.run(draws, wrong)
     for name in names:
         if name.endswith(".expert"):
