@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import wm_kernels as wm
 from wm_kernels.attention import attention_reference
@@ -145,6 +146,12 @@ def requiring_grad(call):
 def test_fake_kernel_and_autograd_agree_with_the_plain_op(name):
     op, call = plain_calls()[name]
     torch.library.opcheck(op, requiring_grad(call))
+
+
+def test_fake_kernel_of_keep_window_attention_makes_no_slots_where_none_are_given():
+    with FakeTensorMode():
+        fake = wm.keep_window_attention(*keep_call(T, False, False))
+    assert [value.shape for value in fake] == [value.shape for value in wm.keep_window_attention(*keep_call(T, False, False))]
 
 
 def test_fake_kernel_agrees_with_rope_angles():
@@ -378,8 +385,6 @@ def test_wrong_arguments_are_refused_in_one_line(name, fake):
 
 
 def _on_meta(call):
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     with torch.device("cpu"), FakeTensorMode():
         call()
 
