@@ -148,7 +148,7 @@ def test_fake_kernel_and_autograd_agree_with_the_plain_op(name):
     torch.library.opcheck(op, requiring_grad(call))
 
 
-def test_fake_kernel_of_keep_window_attention_makes_no_slots_where_none_are_given():
+def test_fake_keep_window_attention_makes_no_slots_where_none_are_given():
     with FakeTensorMode():
         fake = wm.keep_window_attention(*keep_call(T, False, False))
     assert [value.shape for value in fake] == [value.shape for value in wm.keep_window_attention(*keep_call(T, False, False))]
