@@ -13,15 +13,23 @@ from wm_kernels.ssd_scan.plan import ScanCall, plan
 from wm_kernels.triton_launch import Plan, architecture, run
 
 FAR = 2**23  # a token stride up to which 32 bits hold the offsets inside a chunk
+NAMES = ("x", "dt", "A", "B", "C", "cos", "sin", "valid", "state")
 KNOWN = 1024  # calls whose plans are kept: to look at every argument anew costs more than a step's launch
 
 
 @dataclass(frozen=True)
 class _Known:
-    """What a call of certain shapes, strides and dtypes comes to; `copied` names the tensors that must be made contiguous first."""
+    """What a call of certain shapes, strides and dtypes comes to.
+
+    Attributes:
+        plan: the launches.
+        copied: names of tensors that must be made contiguous first.
+        state: shape of a state.
+    """
 
     plan: Plan
     copied: tuple[str, ...]
+    state: tuple[int, ...]
 
 
 _known: dict[tuple[object, ...], _Known] = {}
@@ -62,20 +70,15 @@ def ssd_scan_triton(
     Returns:
         (y_BTHP, contiguous; state_BHNP: the one given if `in_place`, else a new contiguous one).
     """
-    given = {"x": x_BTHP, "dt": dt_BTH, "A": A_H, "B": B_BTGN, "C": C_BTGN}
-    if cos_BTF is not None and sin_BTF is not None:
-        given |= {"cos": cos_BTF, "sin": sin_BTF}
-    if valid_B is not None:
-        given["valid"] = valid_B
-    if state_BHNP is not None:
-        given["state"] = state_BHNP
+    tensors = (x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, cos_BTF, sin_BTF, valid_B, state_BHNP)
+    given = {name: value for name, value in zip(NAMES, tensors, strict=True) if value is not None}
     # The table is part of the key: the tuner puts others in its place.
     key = (
         triton_configs._rows,
         in_place,
         numerics,
         x_BTHP.device,
-        *((name, value.dtype, value.shape, value.stride()) for name, value in given.items()),
+        *[None if value is None else (value.dtype, value.shape, value.stride()) for value in tensors],
     )
     known = _known.get(key)
     if known is None:
@@ -87,11 +90,10 @@ def ssd_scan_triton(
         _known[key] = known
     for name in known.copied:
         given[name] = given[name].contiguous()
-    (B, T, H, P), N = x_BTHP.shape, B_BTGN.shape[3]
-    y_BTHP = x_BTHP.new_empty((B, T, H, P))
+    y_BTHP = given["y"] = x_BTHP.new_empty(x_BTHP.shape)
     direct = in_place and "state" not in known.copied
-    out_BHNP = given["state"] if direct else dt_BTH.new_empty((B, H, N, P))
-    run(known.plan, given | {"y": y_BTHP, "out": out_BHNP})
+    out_BHNP = given["out"] = given["state"] if direct else dt_BTH.new_empty(known.state)
+    run(known.plan, given)
     if in_place and not direct and state_BHNP is not None:
         state_BHNP.copy_(out_BHNP)
         return y_BTHP, state_BHNP
@@ -101,10 +103,11 @@ def ssd_scan_triton(
 def _know(given: Mapping[str, Tensor], in_place: bool, exact: bool) -> _Known:
     copied = tuple(name for name, value in given.items() if _must_copy(name, value))
     ready = {name: value.contiguous() if name in copied else value for name, value in given.items()}
-    x, state = ready["x"], ready.get("state")
+    x = ready["x"]
     B, _, H, P = x.shape
-    out = state if in_place and "state" not in copied else None
-    return _Known(plan(describe(ready, x.new_empty((B, H, ready["B"].shape[3], P)) if out is None else out, exact)), copied)
+    shape = (B, H, ready["B"].shape[3], P)
+    direct = in_place and "state" not in copied
+    return _Known(plan(describe(ready, ready["state"] if direct else x.new_empty(shape), exact)), copied, shape)
 
 
 def _must_copy(name: str, tensor: Tensor) -> bool:
