@@ -6,6 +6,7 @@ import torch
 from triton_support import DEVICE, DTYPES, ON_CUDA, check, needs_triton, random, scattered, wide  # first: it chooses the interpreter
 from wm_kernels.causal_conv1d.definition import causal_conv1d_reference
 from wm_kernels.gated_rms_norm.definition import gated_rms_norm_reference
+from wm_kernels.numerics import numerics
 from wm_kernels.residual_rms_norm.definition import residual_rms_norm_reference
 from wm_kernels.rope.definition import rope_reference
 from wm_kernels.selective_scan.definition import selective_scan_reference
@@ -124,14 +125,15 @@ def test_selective_scan_with_exact_numerics_gives_the_same_bits_for_every_split(
 
     T = 19
     x, dt, A, b, c, state = scan_inputs(2, T, 10, 5, dtype)
-    y, final = selective_scan_triton(x, dt, A, b, c, state, None, numerics="exact")
-    check("selective_scan", dtype, y, selective_scan_reference(*wide((x, dt, A, b, c, state, None)))[0])
-    for sizes in ([1] * T, [5, 1, 13]):
-        now, parts = state.clone(), []
-        for x_, dt_, b_, c_ in zip(*(value.split(sizes, 1) for value in (x, dt, b, c)), strict=True):
-            parts.append(selective_scan_triton(x_, dt_, A, b_, c_, now, None, now, numerics="exact")[0])
-        assert torch.equal(torch.cat(parts, 1), y)
-        assert torch.equal(now, final)
+    with numerics("exact"):
+        y, final = selective_scan_triton(x, dt, A, b, c, state, None)
+        check("selective_scan", dtype, y, selective_scan_reference(*wide((x, dt, A, b, c, state, None)))[0])
+        for sizes in ([1] * T, [5, 1, 13]):
+            now, parts = state.clone(), []
+            for x_, dt_, b_, c_ in zip(*(value.split(sizes, 1) for value in (x, dt, b, c)), strict=True):
+                parts.append(selective_scan_triton(x_, dt_, A, b_, c_, now, None, now)[0])
+            assert torch.equal(torch.cat(parts, 1), y)
+            assert torch.equal(now, final)
 
 
 @pytest.mark.parametrize("steps", [0, 40])

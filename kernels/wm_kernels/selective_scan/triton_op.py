@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from wm_kernels.numerics import exact
 from wm_kernels.selective_scan.plan import plan
 from wm_kernels.triton_launch import architecture, run, strides
 from wm_kernels.triton_support import inner_contiguous
@@ -17,12 +18,10 @@ def selective_scan_triton(
     state_BCN: Tensor | None,
     valid_B: Tensor | None,
     after_BCN: Tensor | None = None,
-    numerics: str = "fast",
 ) -> tuple[Tensor, Tensor]:
     """See `selective_scan_reference`; x float32, float16 or bfloat16. Tensors whose last axis has a stride are copied first.
 
-    The new state is written into `after_BCN`, which may be `state_BCN`; None makes a tensor. With `numerics` "exact" instead of "fast", T
-    tokens give the bits of T calls of one token, and of any split.
+    The new state is written into `after_BCN`, which may be `state_BCN`; None makes a tensor.
     """
     (B, T, C), N = x_BTC.shape, A_CN.shape[1]
     x, dt, A, b, c = (inner_contiguous(tensor) for tensor in (x_BTC, dt_BTC, A_CN, B_BTN, C_BTN))
@@ -40,7 +39,7 @@ def selective_scan_triton(
         (*strides(x)[:2], *strides(dt)[:2], strides(A)[0], *strides(b)[:2], *strides(c)[:2]),
         (*strides(before)[:2], *strides(written)[:2]),
         architecture(x.device),
-        numerics == "exact",
+        exact(),
     )
     tensors = {
         "x_BTC": x,

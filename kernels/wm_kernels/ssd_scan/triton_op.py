@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from wm_kernels import triton_configs
+from wm_kernels.numerics import exact
 from wm_kernels.ssd_scan.plan import ScanCall, plan
 from wm_kernels.triton_launch import Plan, architecture, run
 
@@ -46,12 +47,12 @@ def ssd_scan_triton(
     cos_BTF: Tensor | None = None,
     sin_BTF: Tensor | None = None,
     in_place: bool = False,
-    numerics: str = "fast",
     check: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`ssd_scan_reference`, or with angles `ssd_scan_rope_reference`, through the kernels.
 
     Products take operands rounded to the dtype of x; sums and the state are float32. A tensor whose last axis is not contiguous is copied.
+    With `numerics("exact")` the recurrence itself is run in float32, token after token.
 
     Args:
         x_BTHP: float32, float16 or bfloat16, as B and C.
@@ -64,7 +65,6 @@ def ssd_scan_triton(
         cos_BTF: float32 or float64, or None for no rotation.
         sin_BTF: as cos.
         in_place: write the new state into `state_BHNP`, which must be given.
-        numerics: "fast", or "exact": T tokens give the bits of T calls of one token, and of any split; token after token in float32.
         check: raises where the arguments are wrong; called unless a call of the same shapes and dtypes has passed it.
 
     Returns:
@@ -76,7 +76,7 @@ def ssd_scan_triton(
     key = (
         triton_configs._rows,
         in_place,
-        numerics,
+        exact(),
         x_BTHP.device,
         *[None if value is None else (value.dtype, value.shape, value.stride()) for value in tensors],
     )
@@ -84,7 +84,7 @@ def ssd_scan_triton(
     if known is None:
         if check is not None:
             check()
-        known = _know(given, in_place, numerics == "exact")
+        known = _know(given, in_place)
         if len(_known) >= KNOWN:
             _known.clear()
         _known[key] = known
@@ -100,14 +100,14 @@ def ssd_scan_triton(
     return y_BTHP, out_BHNP
 
 
-def _know(given: Mapping[str, Tensor], in_place: bool, exact: bool) -> _Known:
+def _know(given: Mapping[str, Tensor], in_place: bool) -> _Known:
     copied = tuple(name for name, value in given.items() if _must_copy(name, value))
     ready = {name: value.contiguous() if name in copied else value for name, value in given.items()}
     x = ready["x"]
     B, _, H, P = x.shape
     shape = (B, H, ready["B"].shape[3], P)
     direct = in_place and "state" not in copied
-    return _Known(plan(describe(ready, ready["state"] if direct else x.new_empty(shape), exact)), copied, shape)
+    return _Known(plan(describe(ready, ready["state"] if direct else x.new_empty(shape))), copied, shape)
 
 
 def _must_copy(name: str, tensor: Tensor) -> bool:
@@ -119,8 +119,8 @@ def _must_copy(name: str, tensor: Tensor) -> bool:
     return (tensor.stride(-1) != 1 and tensor.shape[-1] > 1) or tensor.stride(1) > FAR
 
 
-def describe(given: Mapping[str, Tensor], out_BHNP: Tensor, exact: bool = False) -> ScanCall:
-    """What the plan of a call must know of its tensors, by their names in the plan."""
+def describe(given: Mapping[str, Tensor], out_BHNP: Tensor) -> ScanCall:
+    """What the plan of a call must know of its tensors, by their names in the plan, and the mode of numerics."""
     (B, T, H, P), (G, N) = given["x"].shape, given["B"].shape[2:]
     return ScanCall(
         op="ssd_scan_rope" if "cos" in given else "ssd_scan",
@@ -144,7 +144,7 @@ def describe(given: Mapping[str, Tensor], out_BHNP: Tensor, exact: bool = False)
         out_BHN=_outer(out_BHNP, 3),
         has_state="state" in given,
         has_valid="valid" in given,
-        exact=exact,
+        exact=exact(),
     )
 
 
