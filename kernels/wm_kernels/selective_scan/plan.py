@@ -15,8 +15,13 @@ SWEEP_TOKENS = 64
 SWEEP_CHANNELS = 2**17  # of all rows: enough to hide the memory's delay without chunks
 
 
-def regime(T: int, channels: int) -> str:
-    """`step` is one token; `sweep` walks all tokens in one launch; `chunks` does them side by side, in three, the states computed twice."""
+def regime(T: int, channels: int, exact: bool = False) -> str:
+    """`step` is one token; `sweep` walks all tokens in one launch; `chunks` does them side by side, in three, the states computed twice.
+
+    Only the sweep gives the same bits for every split of the tokens, so it is the only one with `exact`.
+    """
+    if exact:
+        return "sweep"
     if T == 1:
         return "step"
     return "sweep" if T <= SWEEP_TOKENS or channels >= SWEEP_CHANNELS else "chunks"
@@ -33,6 +38,7 @@ def plan(
     token_strides: tuple[int, ...],
     state_strides: tuple[int, ...],
     arch: str,
+    exact: bool = False,
     **override: Any,
 ) -> Plan:
     """One launch, or three; tensors x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, valid_B, before, y_BTC, after.
@@ -47,9 +53,10 @@ def plan(
         token_strides: of x, dt by row and token, of A by channel, of B and C by row and token.
         state_strides: of `before` and `after` by row and channel.
         arch: see `triton_launch.architecture`.
+        exact: T tokens give the bits of T calls of one token.
         **override: values to use instead of the configuration.
     """
-    chosen = regime(T, B * C)
+    chosen = regime(T, B * C, exact)
     values = override or config("selective_scan", arch, dtype_name(dtype), chosen, (("C", C), ("N", N)))
     block_C = min(values["block_C"], power_of_two(C))
     tile = {"BLOCK_C": block_C, "BLOCK_N": power_of_two(N)}

@@ -48,7 +48,8 @@ def selective_scan_kernel(
 
     first = chunk * CHUNK
     end = tl.minimum(first + CHUNK, T)
-    count = tl.load(valid_B + b).to(tl.int32) if HAS_VALID else T
+    # A token that does not count is read as zeros: it changes no state, whatever it holds.
+    live = tl.minimum(end, tl.load(valid_B + b).to(tl.int32)) if HAS_VALID else end
     start = first.to(tl.int64)
     x_at = x_BTC + b * x_stride_B + start * x_stride_T + c
     dt_at = dt_BTC + b * dt_stride_B + start * dt_stride_T + c
@@ -56,7 +57,7 @@ def selective_scan_kernel(
     C_at = C_BTN + b * C_stride_B + start * C_stride_T + n
     y_at = y_BTC + (b * T + start) * C + c
     # The next token is read before this one's output is written: the memory's delay passes during the arithmetic.
-    some = first < end
+    some = first < live
     x_next = tl.load(x_at, mask=in_C & some, other=0)
     dt_next = tl.load(dt_at, mask=in_C & some, other=0)
     B_next = tl.load(B_at, mask=in_N & some, other=0)
@@ -64,7 +65,7 @@ def selective_scan_kernel(
     total = tl.zeros((BLOCK_C,), tl.float32)
     for t in range(first, end):
         x, dt, B, read = x_next.to(tl.float32), dt_next, B_next.to(tl.float32), C_next.to(tl.float32)
-        more = t + 1 < end
+        more = t + 1 < live
         x_at += x_stride_T
         dt_at += dt_stride_T
         B_at += B_stride_T
@@ -73,7 +74,6 @@ def selective_scan_kernel(
         dt_next = tl.load(dt_at, mask=in_C & more, other=0)
         B_next = tl.load(B_at, mask=in_N & more, other=0)
         C_next = tl.load(C_at, mask=in_N & more, other=0)
-        dt = tl.where(t < count, dt, 0.0)
         decay = tl.exp2(tl.minimum(dt[:, None] * A, 0.0))
         state = decay * state + (dt * x)[:, None] * B[None, :]
         if PART == "states":

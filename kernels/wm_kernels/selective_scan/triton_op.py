@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from wm_kernels.numerics import exact
 from wm_kernels.selective_scan.plan import plan
 from wm_kernels.triton_launch import architecture, run, strides
 from wm_kernels.triton_support import inner_contiguous
@@ -38,6 +39,7 @@ def selective_scan_triton(
         (*strides(x)[:2], *strides(dt)[:2], strides(A)[0], *strides(b)[:2], *strides(c)[:2]),
         (*strides(before)[:2], *strides(written)[:2]),
         architecture(x.device),
+        exact(),
     )
     tensors = {
         "x_BTC": x,
