@@ -16,6 +16,7 @@ import wm_kernels as ops
 from kernel_cases import Case, Inputs, Space, grid
 from kernel_cases._common import generator, normal, once, over_budget
 from wm_kernels.attention.definition import attention_reference
+from wm_kernels.keep_window_attention.triton_op import keep_window_attention_triton
 
 H, K, P, W = 16, 4, 128, 2048
 G = H // K
@@ -28,7 +29,7 @@ def cases() -> list[Case]:
     """A1 and twice its length, A1 with empty slots and with equal scores, the step at several batches, attention over a cache."""
     made = [prefill("A1", 32768), prefill("A1 64k", 65536), prefill("A1 slots", 32768, slots=True), prefill("A1 equal", 32768, "equal")]
     made += [prefill("T 4096", 4096), prefill("T 2048", 2048)]
-    made += [step("A2", 64), step("B 16", 16), step("B 1", 1)]
+    made += [step("A2", 64), step("B 16", 16), step("B 1", 1), step("A2 exact", 64, True), step("B 1 exact", 1, True)]
     return [*made, cached("32k step", 64, 1, 32768), cached("8k prefill", 1, 8192, 8192), long_prompt_then_steps()]
 
 
@@ -194,16 +195,22 @@ def _sparse(v: Inputs) -> Callable[[], Any]:
     return lambda: triton_sparse_attn_func(v["q"], v["k"], v["v"], bias, True, P**-0.5)
 
 
-def step(name: str, B: int) -> Case:
-    """One token over W full slots, in place. Repeated, it takes one slot after another, which leaves the work the same."""
+def step(name: str, B: int, exact: bool = False) -> Case:
+    """One token over W full slots, in place. Repeated, it takes one slot after another, which leaves the work the same.
+
+    With `exact` numerics, whose bits are those of any split of a prompt, and which no op's signature has.
+    """
 
     def make() -> Inputs:
         g = generator()
         return _tokens(g, B, 1) | _slots(g, B, W)
 
     def ours(v: Inputs) -> Tensor:
-        slots = (v[name] for name in SLOTS)
-        return ops.keep_window_attention_(v["q"], v["k"], v["v"], v["score"], *slots, v["position"], None, W)
+        slots = v["slot_k"], v["slot_v"], v["slot_score"], v["slot_position"]
+        token = v["q"], v["k"], v["v"], v["score"]
+        if exact:
+            return keep_window_attention_triton(*token, slots, v["position"], None, W, in_place=True, numerics="exact")[0]
+        return ops.keep_window_attention_(*token, *slots, v["position"], None, W)
 
     def oracle(v: Inputs) -> float:
         copy = {name: x.clone() for name, x in v.items() if isinstance(x, Tensor)}
@@ -218,7 +225,11 @@ def step(name: str, B: int) -> Case:
         return lambda: F.scaled_dot_product_attention(v["q"].transpose(1, 2), k, values, enable_gqa=True)
 
     bars = {"× SDPA 32k": 12.0, "copy rate": 0.8} if name == "A2" else {}
-    return Case(KEEP, name, DTYPE, make, ours, oracle, {"SDPA 32k": dense}, B * K * W * (2 * P * 2 + 4), 4 * B * H * W * P, bars)
+    if exact:
+        bars = {f"time ÷ {name.removesuffix(' exact')}": 2.0}
+    return Case(
+        KEEP, name, DTYPE, make, ours, oracle, {} if exact else {"SDPA 32k": dense}, B * K * W * (2 * P * 2 + 4), 4 * B * H * W * P, bars
+    )
 
 
 def long_prompt_then_steps(T: int = 131072, steps: int = 64) -> Case:

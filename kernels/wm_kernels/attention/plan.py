@@ -11,7 +11,8 @@ import torch
 
 from wm_kernels.attention import triton_kernel as kernels
 from wm_kernels.triton_configs import config
-from wm_kernels.triton_launch import Launch, Plan, Scratch, strides_of
+from wm_kernels.triton_first_call import compile_together
+from wm_kernels.triton_launch import Launch, Plan, Scratch, architecture, strides_of
 from wm_kernels.triton_support import blocks, dtype_name, power_of_two
 
 Strides = tuple[tuple[str, tuple[int, ...]], ...]
@@ -29,9 +30,9 @@ def fitted(values: Mapping[str, Any], P: int) -> dict[str, Any]:
     return {name: max(16, value // wider) if name in ("BLOCK_R", "BLOCK_N") else value for name, value in values.items()}
 
 
-def regime(T: int, G: int, cached: bool) -> str:
-    """`shares` for a few tokens over a cache, whose cells are then split among programs; otherwise `cells`."""
-    return "shares" if cached and T * G <= 64 else "cells"
+def regime(T: int, G: int, cached: bool, exact: bool = False) -> str:
+    """`shares` for a few tokens over a cache, whose cells are then split among programs; otherwise `cells`, and always where bits count."""
+    return "shares" if cached and T * G <= 64 and not exact else "cells"
 
 
 def shares_of(programs: int, wanted: int, most: int) -> int:
@@ -44,8 +45,9 @@ def shares_of(programs: int, wanted: int, most: int) -> int:
 
 @lru_cache(maxsize=1024)
 def plan(
-    B: int, T: int, H: int, K: int, A: int, P: int, L: int, scoring: str, cached: bool, dtype: torch.dtype, arch: str, strides: Strides
-) -> Plan:
+    B: int, T: int, H: int, K: int, A: int, P: int, L: int, scoring: str, cached: bool, dtype: torch.dtype, arch: str, strides: Strides,
+    exact: bool = False,
+) -> Plan:  # fmt: skip
     """Attention to cells 0 .. position + t, or 0 .. t without a cache.
 
     Args:
@@ -61,17 +63,18 @@ def plan(
         dtype: of q, k and v.
         arch: see `triton_launch.architecture`.
         strides: in elements, of q_BTHP, k_BLKP, v_BLKP and score_BAL, axes in the order of these names; P's stride is 1.
+        exact: whether the bits may not depend on how tokens are split into calls.
     """
     G = H // K
-    chosen = regime(T, G, cached)
+    chosen = regime(T, G, cached, exact)
     values = fitted(config("attention", arch, dtype_name(dtype), chosen, (("P", P), ("G", G))), P)
     build = _shares if chosen == "shares" else _cells
     return build(B, T, H, K, A, P, L, scoring, cached, values, dict(strides))
 
 
 @lru_cache(maxsize=1024)
-def planned(layout: Layout, scoring: str, dtype: torch.dtype, arch: str) -> Plan:
-    """The plan of a call by its tensors' layout, k_BKLP and v_BKLP: a step looks up what one before it has made."""
+def planned(layout: Layout, scoring: str, exact: bool, dtype: torch.dtype, device: torch.device) -> Plan:
+    """The plan of a call by its tensors' layout, k_BKLP and v_BKLP, compiled: a step looks up what one before it has made."""
     shapes = {name: shape for name, shape, _ in layout}
     outer = {name: strides_of(shape, stride) for name, shape, stride in layout}
     for name in "kv":
@@ -79,7 +82,10 @@ def planned(layout: Layout, scoring: str, dtype: torch.dtype, arch: str) -> Plan
         outer[name] = (b, cell, k, p)  # as tokens have them
     (B, T, H, P), (K, L) = shapes["q"], shapes["k"][1:3]
     A = shapes["score"][1] if "score" in shapes else 1
-    return plan(B, T, H, K, A, P, L, scoring, "position" in shapes, dtype, arch, tuple(outer.items()))
+    made = plan(B, T, H, K, A, P, L, scoring, "position" in shapes, dtype, architecture(device), tuple(outer.items()), exact)
+    known = {**dict.fromkeys(("q", "k", "v", "out"), dtype), "score": torch.float32, "position": torch.int64}
+    compile_together(made, known, device)
+    return made
 
 
 def _outer(strides: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
