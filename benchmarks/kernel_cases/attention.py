@@ -30,7 +30,8 @@ def cases() -> list[Case]:
     made = [prefill("A1", 32768), prefill("A1 64k", 65536), prefill("A1 slots", 32768, slots=True), prefill("A1 equal", 32768, "equal")]
     made += [prefill("T 4096", 4096), prefill("T 2048", 2048)]
     made += [step("A2", 64), step("B 16", 16), step("B 1", 1), step("A2 exact", 64, True), step("B 1 exact", 1, True)]
-    return [*made, cached("32k step", 64, 1, 32768), cached("8k prefill", 1, 8192, 8192), long_prompt_then_steps()]
+    made += [cached("32k step", 64, 1, 32768), cached("32k step B 1", 1, 1, 32768), cached("8k prefill", 1, 8192, 8192)]
+    return [*made, long_prompt_then_steps()]
 
 
 def spaces() -> list[Space]:
@@ -47,8 +48,9 @@ def spaces() -> list[Space]:
     made.append(Space(step("A2", 64), "step", {}, start, [grid(BLOCK_N=[32, 64, 128], num_warps=[4, 8], num_stages=[2, 3, 4])]))
     start = {"BLOCK_R": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
     made.append(Space(cached("8k prefill", 1, 8192, 8192), "cells", {}, start, [grid(BLOCK_N=[64, 128], num_stages=[2, 3, 4])]))
-    start = {"BLOCK_N": 64, "programs": 528, "num_warps": 4, "num_stages": 3}
-    made.append(Space(cached("32k step", 64, 1, 32768), "shares", {}, start, [grid(BLOCK_N=[64, 128], programs=[264, 528, 1056])]))
+    start = {"rows": 64, "BLOCK_N": 64, "programs": 528, "num_warps": 4, "num_stages": 3}
+    shares = [grid(rows=[16, 64]), grid(BLOCK_N=[64, 128], programs=[264, 528, 1056])]
+    made.append(Space(cached("32k step", 64, 1, 32768), "shares", {}, start, shares))
     return made
 
 

@@ -30,9 +30,9 @@ def fitted(values: Mapping[str, Any], P: int) -> dict[str, Any]:
     return {name: max(16, value // wider) if name in ("BLOCK_R", "BLOCK_N") else value for name, value in values.items()}
 
 
-def regime(T: int, G: int, cached: bool, exact: bool = False) -> str:
-    """`shares` for a few tokens over a cache, whose cells are then split among programs; otherwise `cells`, and always where bits count."""
-    return "shares" if cached and T * G <= 64 and not exact else "cells"
+def regime(T: int, cached: bool, most: int, exact: bool = False) -> str:
+    """`shares` for up to `most` tokens over a cache, whose cells are then split among programs; otherwise `cells`, and where bits count."""
+    return "shares" if cached and most >= T and not exact else "cells"
 
 
 def shares_of(programs: int, wanted: int, most: int) -> int:
@@ -66,8 +66,9 @@ def plan(
         exact: whether the bits may not depend on how tokens are split into calls.
     """
     G = H // K
-    chosen = regime(T, G, cached, exact)
-    values = fitted(config("attention", arch, dtype_name(dtype), chosen, (("P", P), ("G", G))), P)
+    found = {name: config("attention", arch, dtype_name(dtype), name, (("P", P), ("G", G))) for name in ("cells", "shares")}
+    chosen = regime(T, cached, _rows(G, found["shares"]) // G, exact)
+    values = fitted(found[chosen], P)
     build = _shares if chosen == "shares" else _cells
     return build(B, T, H, K, A, P, L, scoring, cached, values, dict(strides))
 
@@ -113,12 +114,17 @@ def _cells(
     return Plan((Launch(kernels.attend_cells, grid, arguments, constants, values["num_warps"], values["num_stages"]),))
 
 
+def _rows(G: int, values: Mapping[str, Any]) -> int:
+    """Of a tile of a share: the same for all numbers of tokens, which then share a compilation."""
+    return max(values["rows"], block_of(G))
+
+
 def _shares(
     B: int, T: int, H: int, K: int, A: int, P: int, L: int, scoring: str, cached: bool, values: Mapping[str, Any],
     strides: Mapping[str, tuple[int, ...]]
 ) -> Plan:  # fmt: skip
     G, N = H // K, values["BLOCK_N"]
-    R = block_of(T * G)
+    R = _rows(G, values)
     shares = shares_of(B * K, values["programs"], max(1, L // N))
     dims = {"H": H, "K": K, "P": P, "BLOCK_P": block_of(P), "BLOCK_R": R}
     partial = Launch(
