@@ -259,7 +259,8 @@ def _refill(call: Call, of: _Blocks, values: Mapping[str, Any]) -> Launch:
 def _exact(call: Call, values: Mapping[str, Any]) -> Plan:
     B, T, K, P, W, CHUNK = call.B, call.T, call.K, call.P, call.W, values["CHUNK"]
     strides, chunks = dict(call.strides), blocks(T, CHUNK)
-    token, cache = tuple(stride for name in ("k", "v", "score") for stride in strides[name][:3]), (0,) * 12
+    token = tuple(stride for name in ("k", "v", "score") for stride in strides[name][:3])
+    cache: tuple[int, ...] = (0,) * 12
     # Slots that are not there are named after other tensors; no kernel reads them.
     tensors: tuple[str, ...] = ("k", "v", "score", "score")
     position, valid = "score", "valid" if call.valid else "score"
