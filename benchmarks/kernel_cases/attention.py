@@ -46,7 +46,7 @@ def spaces() -> list[Space]:
     made = [Space(prefill("A1", 32768), "listed", {}, start, [tiles, select, lists])]
     start = {"BLOCK_N": 64, "BLOCK_W": 1024, "programs": 256, "least_share": 128, "num_warps": 4, "num_stages": 3}
     made.append(Space(step("A2", 64), "step", {}, start, [grid(BLOCK_N=[32, 64, 128], num_warps=[4, 8], num_stages=[2, 3, 4])]))
-    start = {"BLOCK_R": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
+    start = {"chunk": 1024, "BLOCK_R": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
     made.append(Space(cached("8k prefill", 1, 8192, 8192), "cells", {}, start, [grid(BLOCK_N=[64, 128], num_stages=[2, 3, 4])]))
     start = {"rows": 64, "BLOCK_N": 64, "programs": 528, "num_warps": 4, "num_stages": 3}
     shares = [grid(rows=[16, 64]), grid(BLOCK_N=[64, 128], programs=[264, 528, 1056])]

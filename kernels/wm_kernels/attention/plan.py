@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from wm_kernels.attention import triton_exact as in_chunks
 from wm_kernels.attention import triton_kernel as kernels
 from wm_kernels.triton_configs import config
 from wm_kernels.triton_first_call import compile_together
@@ -31,8 +32,9 @@ def fitted(values: Mapping[str, Any], P: int) -> dict[str, Any]:
 
 
 def regime(T: int, cached: bool, most: int, exact: bool = False) -> str:
-    """`shares` for up to `most` tokens over a cache, whose cells are then split among programs; otherwise `cells`, and where bits count."""
-    return "shares" if cached and most >= T and not exact else "cells"
+    """Up to `most` tokens over a cache have its cells split among programs: `shares`, where bits count `chunks`. Otherwise `cells`, `walk`."""
+    few = cached and most >= T
+    return ("chunks" if few else "walk") if exact else ("shares" if few else "cells")
 
 
 def shares_of(programs: int, wanted: int, most: int) -> int:
@@ -65,11 +67,11 @@ def plan(
         strides: in elements, of q_BTHP, k_BLKP, v_BLKP and score_BAL, axes in the order of these names; P's stride is 1.
         exact: whether the bits may not depend on how tokens are split into calls.
     """
-    G = H // K
-    found = {name: config("attention", arch, dtype_name(dtype), name, (("P", P), ("G", G))) for name in ("cells", "shares")}
-    chosen = regime(T, cached, _rows(G, found["shares"]) // G, exact)
-    values = fitted(found[chosen], P)
-    build = _shares if chosen == "shares" else _cells
+    G, dims = H // K, (("P", P), ("G", H // K))
+    cells, shares = (fitted(config("attention", arch, dtype_name(dtype), name, dims), P) for name in ("cells", "shares"))
+    # Where bits count, all tiles are those of many tokens.
+    chosen = regime(T, cached, cells["BLOCK_R"] // _heads(G, cells) if exact else _rows(G, shares) // G, exact)
+    build, values = {"cells": (_cells, cells), "shares": (_shares, shares), "chunks": (_chunks, cells), "walk": (_walk, cells)}[chosen]
     return build(B, T, H, K, A, P, L, scoring, cached, values, dict(strides))
 
 
@@ -98,20 +100,51 @@ def _tensors(scoring: str, cached: bool) -> tuple[str, str, str, str, str]:
     return "q", "k", "v", "score" if scoring != "none" else "q", "position" if cached else "q"
 
 
+def _heads(G: int, values: Mapping[str, Any]) -> int:
+    """Of a tile, which has BLOCK_R // heads queries."""
+    return min(G, values["BLOCK_R"])
+
+
+def _tile(H: int, K: int, A: int, P: int, scoring: str, cached: bool, values: Mapping[str, Any]) -> dict[str, Any]:
+    R, heads = values["BLOCK_R"], _heads(H // K, values)
+    return {
+        "H": H, "K": K, "A": A, "P": P, "BLOCK_P": block_of(P), "HEADS": heads, "QUERIES": R // heads, "BLOCK_R": R,
+        "BLOCK_N": values["BLOCK_N"], "SCALE": P**-0.5, "SCORING": scoring, "HAS_POSITION": cached,
+    }  # fmt: skip
+
+
 def _cells(
     B: int, T: int, H: int, K: int, A: int, P: int, L: int, scoring: str, cached: bool, values: Mapping[str, Any],
     strides: Mapping[str, tuple[int, ...]]
 ) -> Plan:  # fmt: skip
-    G, R = H // K, values["BLOCK_R"]
-    heads = min(G, R)
-    queries = R // heads
-    constants = {
-        "H": H, "K": K, "A": A, "P": P, "BLOCK_P": block_of(P), "HEADS": heads, "QUERIES": queries, "BLOCK_R": R,
-        "BLOCK_N": values["BLOCK_N"], "SCALE": P**-0.5, "SCORING": scoring, "HAS_POSITION": cached,
-    }  # fmt: skip
-    grid = (blocks(T, queries), K * blocks(G, heads), B)
+    constants = _tile(H, K, A, P, scoring, cached, values)
+    grid = (blocks(T, constants["QUERIES"]), K * blocks(H // K, constants["HEADS"]), B)
     arguments: tuple[str | int, ...] = (*_tensors(scoring, cached), "out", *_outer(strides), T, L)
     return Plan((Launch(kernels.attend_cells, grid, arguments, constants, values["num_warps"], values["num_stages"]),))
+
+
+def _walk(
+    B: int, T: int, H: int, K: int, A: int, P: int, L: int, scoring: str, cached: bool, values: Mapping[str, Any],
+    strides: Mapping[str, tuple[int, ...]]
+) -> Plan:  # fmt: skip
+    constants = {**_tile(H, K, A, P, scoring, cached, values), "CHUNK": values["chunk"], "APART": False}
+    grid = (blocks(T, constants["QUERIES"]), K * blocks(H // K, constants["HEADS"]), B)
+    arguments: tuple[str | int, ...] = (*_tensors(scoring, cached), "q", "q", "out", *_outer(strides), T, L, blocks(L, values["chunk"]))
+    return Plan((Launch(in_chunks.attend_chunks, grid, arguments, constants, values["num_warps"], values["num_stages"]),))
+
+
+def _chunks(
+    B: int, T: int, H: int, K: int, A: int, P: int, L: int, scoring: str, cached: bool, values: Mapping[str, Any],
+    strides: Mapping[str, tuple[int, ...]]
+) -> Plan:  # fmt: skip
+    constants, chunks = {**_tile(H, K, A, P, scoring, cached, values), "CHUNK": values["chunk"], "APART": True}, blocks(L, values["chunk"])
+    arguments: tuple[str | int, ...] = (*_tensors(scoring, cached), "acc", "tops", "q", *_outer(strides), T, L, chunks)
+    grid = (chunks, K * blocks(H // K, constants["HEADS"]), B)
+    attend = Launch(in_chunks.attend_chunks, grid, arguments, constants, values["num_warps"], values["num_stages"])
+    of_row = {"H": H, "P": P, "BLOCK_P": block_of(P), "CHUNK": values["chunk"]}
+    join = Launch(in_chunks.join_chunks, (T, H, B), ("acc", "tops", "position", "out", T, L, chunks), of_row, 1, 2)
+    scratch = {"acc": Scratch((B, chunks, T, H, P), torch.float32), "tops": Scratch((B, chunks, T, H, 2), torch.float32)}
+    return Plan((attend, join), scratch)
 
 
 def _rows(G: int, values: Mapping[str, Any]) -> int:
