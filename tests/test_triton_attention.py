@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from triton_support import DEVICE, DTYPES, ON_CUDA, check, needs_triton, random, scattered, wide  # first: it chooses the interpreter
+from wm_kernels import numerics
 from wm_kernels.attention.definition import attention_reference
 from wm_kernels.keep_window_attention.definition import keep_window_attention_reference
 from wm_kernels.scored_attention.definition import scored_attention_reference
@@ -62,6 +63,11 @@ def keep(*args, **kwargs):
     from wm_kernels.keep_window_attention.triton_op import keep_window_attention_triton
 
     return keep_window_attention_triton(*args, **kwargs)
+
+
+def exactly(call, *args, **kwargs):
+    with numerics("exact"):
+        return call(*args, **kwargs)
 
 
 def compare(dtype, call, state, position, valid, W):
@@ -152,26 +158,26 @@ def test_exact_keep_window_attention_has_the_same_bits_for_every_split(dtype, T,
     g, B = seeded(T), 2
     call = tokens(g, B, T, H, K, P, dtype, ties)
     state, position = slots(g, B, K, W, P, used, dtype, ties)
-    whole, after = keep(*call, state, position, None, W, numerics="exact")
+    whole, after = exactly(keep, *call, state, position, None, W)
     expected = keep_window_attention_reference(*wide(call), *wide(state), position, None, W)
     check(OP, dtype, whole, expected[0])
     assert_same_slots(after, expected[1:])
     for sizes in ([1] * T, [T // 2, 1, T - T // 2 - 1]):
         leaves, outs, seen = [scattered(leaf.clone(), seed) for seed, leaf in enumerate(state)], [], 0
         for part in zip(*(x.split(sizes, 1) for x in call), strict=True):
-            outs.append(keep(*part, tuple(leaves), position + seen, None, W, in_place=True, numerics="exact")[0])
+            outs.append(exactly(keep, *part, tuple(leaves), position + seen, None, W, in_place=True)[0])
             seen += part[0].shape[1]
         assert torch.equal(torch.cat(outs, 1), whole)
         assert all(torch.equal(leaf, end) for leaf, end in zip(leaves, after, strict=True))  # in the same slots, too
     if used == 0:
-        assert torch.equal(keep(*call, None, None, None, W, numerics="exact")[0], whole)
+        assert torch.equal(exactly(keep, *call, None, None, None, W)[0], whole)
 
 
 def test_exact_keep_window_attention_leaves_out_tokens_that_do_not_count():
     g, W, valid = seeded(5), 6, torch.tensor([0, 9, 14], device=DEVICE)
     call = tokens(g, 3, 14, 4, 2, 16)
     state, position = slots(g, 3, 2, W, 16, 4)
-    out, after = keep(*call, state, position, valid, W, numerics="exact")
+    out, after = exactly(keep, *call, state, position, valid, W)
     expected = keep_window_attention_reference(*wide(call), *wide(state), position, valid, W)
     counts = torch.arange(14, device=DEVICE) < valid.unsqueeze(1)
     assert out.isfinite().all()
@@ -190,12 +196,40 @@ def test_exact_attention_over_cells_has_the_same_bits_for_every_split(dtype, sco
     position = torch.tensor([3, S - T] if ON_CUDA else [58], device=DEVICE)  # across a chunk's end
 
     def attend(start, end):
-        return attend_triton(q[:, start:end], *cells, position + start, None if scoring == "none" else score, scoring, numerics="exact")
+        return exactly(attend_triton, q[:, start:end], *cells, position + start, None if scoring == "none" else score, scoring)
 
     whole = attend(0, T)
     assert torch.equal(torch.cat([attend(t, t + 1) for t in range(T)], 1), whole)
     assert torch.equal(torch.cat([attend(0, 4), attend(4, T)], 1), whole)
     check("scored_attention", dtype, whole, attend_triton(q, *cells, position, None if scoring == "none" else score, scoring).double())
+
+
+@pytest.mark.skipif(not ON_CUDA, reason="no CUDA device on this machine")
+@pytest.mark.parametrize("op", ["attention", "additive", "binary", "ratio", "keep_window_attention"])
+def test_exact_ops_on_cuda_have_the_same_bits_for_every_split(op):
+    g, (B, T, H, K, P, S, dtype) = seeded(), (2, 90, 8, 2, 64, 128, torch.bfloat16)
+    q, k, v, score = tokens(g, B, T, H, K, P, dtype)
+    position = torch.tensor([0, 20], device=DEVICE)
+    caches = [random(g, B, K, S, P, dtype=dtype), random(g, B, K, S, P, dtype=dtype), random(g, B, K, S)]
+    state, _ = slots(g, B, K, 33, P, 10, dtype)
+
+    def split(sizes):
+        leaves, outs, seen = [leaf.clone() for leaf in (state if op == "keep_window_attention" else caches)], [], 0
+        for part in zip(*(x.split(sizes, 1) for x in (q, k, v, score)), strict=True):
+            at, seen = position + 100 + seen if op == "keep_window_attention" else position + seen, seen + part[0].shape[1]
+            if op == "attention":
+                outs.append(exactly(torch.ops.wm.attention_, *part[:3], *leaves[:2], at, None))
+            elif op == "keep_window_attention":
+                outs.append(exactly(torch.ops.wm.keep_window_attention_, *part, *leaves, at, None, 33))
+            else:
+                outs.append(exactly(torch.ops.wm.scored_attention_, *part, *leaves, at, None, op, 0.3))
+        return [torch.cat(outs, 1), *leaves]
+
+    whole = split([T])
+    for sizes in ([1] * T, [2, 41, 47]):
+        assert all(torch.equal(a, b) for a, b in zip(split(sizes), whole, strict=True))
+    if op == "attention":
+        assert torch.equal(exactly(torch.ops.wm.attention, q[:1], k[:1], v[:1], None, None, None, None)[0], whole[0][:1])
 
 
 @pytest.mark.parametrize("T", [1, 19])
@@ -307,7 +341,7 @@ def test_two_compilations_serve_every_length(op):
     calls = {
         "keep": lambda q, k, v, score: keep(q, k, v, score, None, None, None, W),
         "keep with slots": lambda *call: keep(*call, state, position, None, W),
-        "exact": lambda *call: keep(*call, state, position, None, W, numerics="exact"),
+        "exact": lambda *call: exactly(keep, *call, state, position, None, W),
         "cells": lambda q, k, v, _: attend_triton(q, k.transpose(1, 2), v.transpose(1, 2), None),
         "cached": lambda q, *_: attend_triton(q, *caches, position),
         "rope": lambda q, *_: rope_triton(q, *(random(g, B, q.shape[1], 16) for _ in range(2))),

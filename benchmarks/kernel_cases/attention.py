@@ -16,7 +16,6 @@ import wm_kernels as ops
 from kernel_cases import Case, Inputs, Space, grid
 from kernel_cases._common import generator, normal, once, over_budget
 from wm_kernels.attention.definition import attention_reference
-from wm_kernels.keep_window_attention.triton_op import keep_window_attention_triton
 
 H, K, P, W = 16, 4, 128, 2048
 G = H // K
@@ -31,6 +30,7 @@ def cases() -> list[Case]:
     made += [prefill("T 4096", 4096), prefill("T 2048", 2048)]
     made += [step("A2", 64), step("B 16", 16), step("B 1", 1), step("A2 exact", 64, True), step("B 1 exact", 1, True)]
     made += [cached("32k step", 64, 1, 32768), cached("32k step B 1", 1, 1, 32768), cached("8k prefill", 1, 8192, 8192)]
+    made += [cached("32k step exact", 64, 1, 32768, True), cached("32k step B 1 exact", 1, 1, 32768, True)]
     return [*made, long_prompt_then_steps()]
 
 
@@ -200,7 +200,7 @@ def _sparse(v: Inputs) -> Callable[[], Any]:
 def step(name: str, B: int, exact: bool = False) -> Case:
     """One token over W full slots, in place. Repeated, it takes one slot after another, which leaves the work the same.
 
-    With `exact` numerics, whose bits are those of any split of a prompt, and which no op's signature has.
+    With `exact` numerics its bits are those of any split of a prompt.
     """
 
     def make() -> Inputs:
@@ -208,11 +208,9 @@ def step(name: str, B: int, exact: bool = False) -> Case:
         return _tokens(g, B, 1) | _slots(g, B, W)
 
     def ours(v: Inputs) -> Tensor:
-        slots = v["slot_k"], v["slot_v"], v["slot_score"], v["slot_position"]
-        token = v["q"], v["k"], v["v"], v["score"]
-        if exact:
-            return keep_window_attention_triton(*token, slots, v["position"], None, W, in_place=True, numerics="exact")[0]
-        return ops.keep_window_attention_(*token, *slots, v["position"], None, W)
+        slots = (v[name] for name in SLOTS)
+        with ops.numerics("exact" if exact else "fast"):
+            return ops.keep_window_attention_(v["q"], v["k"], v["v"], v["score"], *slots, v["position"], None, W)
 
     def oracle(v: Inputs) -> float:
         copy = {name: x.clone() for name, x in v.items() if isinstance(x, Tensor)}
@@ -263,8 +261,8 @@ def long_prompt_then_steps(T: int = 131072, steps: int = 64) -> Case:
     return Case(KEEP, "128k and 64 steps", DTYPE, make, run, oracle, {}, size, 4 * P * H * pairs)
 
 
-def cached(name: str, B: int, T: int, L: int) -> Case:
-    """Plain attention of the last T tokens over a full cache of L cells, in place."""
+def cached(name: str, B: int, T: int, L: int, exact: bool = False) -> Case:
+    """Plain attention of the last T tokens over a full cache of L cells, in place; `exact` numerics give the bits of any split."""
 
     def make() -> Inputs:
         g = generator()
@@ -272,7 +270,8 @@ def cached(name: str, B: int, T: int, L: int) -> Case:
         return _tokens(g, B, T) | caches | {"position": torch.full((B,), L - T, device="cuda")}
 
     def ours(v: Inputs) -> Tensor:
-        return ops.attention_(v["q"], v["k"], v["v"], v["cache_k"], v["cache_v"], v["position"], None)
+        with ops.numerics("exact" if exact else "fast"):
+            return ops.attention_(v["q"], v["k"], v["v"], v["cache_k"], v["cache_v"], v["position"], None)
 
     def oracle(v: Inputs) -> float:
         few = slice(max(0, T - 64), T)  # the last queries: all keys are in the cache before them
@@ -285,7 +284,7 @@ def cached(name: str, B: int, T: int, L: int) -> Case:
         q = v["q"].transpose(1, 2)
         return lambda: F.scaled_dot_product_attention(q, v["cache_k"], v["cache_v"], is_causal=T == L, enable_gqa=True)
 
-    pairs = T * (L - T) + T * (T + 1) // 2
-    return Case(
-        "attention", name, DTYPE, make, ours, oracle, {"SDPA": dense}, B * (K * L * P * 4 + 2 * T * (H + K) * P * 2), 4 * B * H * P * pairs
-    )
+    pairs, peers = T * (L - T) + T * (T + 1) // 2, {} if exact else {"SDPA": dense}
+    bars = {f"time ÷ {name.removesuffix(' exact')}": 2.0} if exact else {}
+    size = B * (K * L * P * 4 + 2 * T * (H + K) * P * 2)
+    return Case("attention", name, DTYPE, make, ours, oracle, peers, size, 4 * B * H * P * pairs, bars)

@@ -32,7 +32,7 @@ def fitted(values: Mapping[str, Any], P: int) -> dict[str, Any]:
 
 
 def regime(T: int, cached: bool, most: int, exact: bool = False) -> str:
-    """Up to `most` tokens over a cache have its cells split among programs: `shares`, where bits count `chunks`. Otherwise `cells`, `walk`."""
+    """Up to `most` tokens over a cache have its cells split among programs: `shares`, where bits count `chunks`. Else `cells`, or `walk`."""
     few = cached and most >= T
     return ("chunks" if few else "walk") if exact else ("shares" if few else "cells")
 
@@ -106,10 +106,12 @@ def _heads(G: int, values: Mapping[str, Any]) -> int:
 
 
 def _tile(H: int, K: int, A: int, P: int, scoring: str, cached: bool, values: Mapping[str, Any]) -> dict[str, Any]:
-    R, heads = values["BLOCK_R"], _heads(H // K, values)
+    R, N, heads = values["BLOCK_R"], values["BLOCK_N"], _heads(H // K, values)
+    if scoring != "none" and not (A <= K and K % A == 0):
+        N = max(16, N // 2)  # heads that share keys have scores of their own, which fill a tile too
     return {
         "H": H, "K": K, "A": A, "P": P, "BLOCK_P": block_of(P), "HEADS": heads, "QUERIES": R // heads, "BLOCK_R": R,
-        "BLOCK_N": values["BLOCK_N"], "SCALE": P**-0.5, "SCORING": scoring, "HAS_POSITION": cached,
+        "BLOCK_N": N, "SCALE": P**-0.5, "SCORING": scoring, "HAS_POSITION": cached,
     }  # fmt: skip
 
 

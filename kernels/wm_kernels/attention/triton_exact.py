@@ -1,7 +1,7 @@
 """Attention over contiguous cells whose bits do not depend on how tokens are split into calls.
 
 Cells are cut into chunks of one size wherever a call begins; each gives a partial softmax by tiles of one shape, and these are joined from
-the first to the last. Many tokens walk over the chunks; few have a program for each of them, and join them afterwards by the same arithmetic.
+the first to the last. Many tokens walk over the chunks; few have a program for each, and join them afterwards by the same arithmetic.
 
 B batch   T tokens   H query heads   K kv heads   G = H/K   A score heads   P head dimension   N cells of a tile   C cells of a chunk
 R rows of a tile: queries by heads

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from wm_kernels.attention.plan import planned
+from wm_kernels.numerics import exact
 from wm_kernels.triton_launch import run
 from wm_kernels.triton_support import inner_contiguous
 
@@ -18,9 +19,10 @@ def attend_triton(
     position_B: Tensor | None,
     score_BAL: Tensor | None = None,
     scoring: str = "none",
-    numerics: str = "fast",
 ) -> Tensor:
     """Softmax attention of token t to cells 0 .. position + t, for float32, float16 and bfloat16.
+
+    In `numerics` "exact", T tokens over a cache give the bits of T calls of one token, and of any split.
 
     Args:
         q_BTHP: queries, already rotated.
@@ -29,7 +31,6 @@ def attend_triton(
         position_B: cells in use before the tokens, int64; None is 0 for every row.
         score_BAL: a score per cell, float32; None in scoring "none".
         scoring: "none", or "additive" or "binary" as in `scored_attention`.
-        numerics: "fast", or "exact": T tokens over a cache give the bits of T calls of one token, and of any split.
 
     Returns:
         out_BTHP, contiguous. Any outer strides are read as they are; tensors whose last axis is not contiguous are copied.
@@ -41,5 +42,5 @@ def attend_triton(
         tensors["position"] = position_B.contiguous()
     out_BTHP = torch.empty(q_BTHP.shape, dtype=q_BTHP.dtype, device=q_BTHP.device)
     layout = tuple((name, tensor.shape, tensor.stride()) for name, tensor in tensors.items())
-    run(planned(layout, scoring, numerics == "exact", q_BTHP.dtype, q_BTHP.device), {**tensors, "out": out_BTHP})
+    run(planned(layout, scoring, exact(), q_BTHP.dtype, q_BTHP.device), {**tensors, "out": out_BTHP})
     return out_BTHP

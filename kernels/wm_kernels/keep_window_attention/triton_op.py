@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from wm_kernels.keep_window_attention.plan import NEW_SLOTS, SLOTS, planned
+from wm_kernels.numerics import exact
 from wm_kernels.triton_launch import run
 from wm_kernels.triton_support import inner_contiguous
 
@@ -23,15 +24,15 @@ def keep_window_attention_triton(
     valid_B: Tensor | None,
     window: int,
     in_place: bool = False,
-    numerics: str = "fast",
 ) -> tuple[Tensor, State | None]:
     """`keep_window_attention_reference` for float32, float16 and bfloat16, arguments checked; in place, the slots given are returned.
 
-    Any outer strides are read and written as they are; tensors whose last axis is not contiguous are copied. With numerics "exact" instead
-    of "fast", T tokens give the bits of T calls of one token, and of any split: each token's keys are summed in the order of the slots.
+    Any outer strides are read and written as they are; tensors whose last axis is not contiguous are copied. In `numerics`
+    "exact", T tokens give the bits of T calls of one token, and of any split: each token's keys are summed in the order of the slots.
     """
     tensors = {"q": inner_contiguous(q_BTHP), "k": inner_contiguous(k_BTKP), "v": inner_contiguous(v_BTKP), "score": score_BTK}
-    written = q_BTHP.shape[1] == 1 or numerics == "exact"  # the slots given are
+    bits_count = exact()
+    written = q_BTHP.shape[1] == 1 or bits_count  # the slots given are
     new: State | None = None
     if slots is not None and position_B is not None:
         given: State = (inner_contiguous(slots[0]), inner_contiguous(slots[1]), slots[2], slots[3])
@@ -46,7 +47,7 @@ def keep_window_attention_triton(
         tensors["valid"] = valid_B.contiguous()
     out_BTHP = torch.empty(q_BTHP.shape, dtype=q_BTHP.dtype, device=q_BTHP.device)
     layout = tuple((name, tensor.shape, tensor.stride()) for name, tensor in tensors.items())
-    plan = planned(layout, window, in_place, numerics == "exact", q_BTHP.dtype, q_BTHP.device)
+    plan = planned(layout, window, in_place, bits_count, q_BTHP.dtype, q_BTHP.device)
     run(plan, {**tensors, "out": out_BTHP})
     if in_place and slots is not None and new is not None:
         for leaf, after in zip(slots, new, strict=True):
