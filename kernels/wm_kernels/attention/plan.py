@@ -32,7 +32,7 @@ def fitted(values: Mapping[str, Any], P: int) -> dict[str, Any]:
 
 
 def regime(T: int, cached: bool, most: int, exact: bool = False) -> str:
-    """Up to `most` tokens over a cache have its cells split among programs: `shares`, where bits count `chunks`. Else `cells`, or `walk`."""
+    """Up to `most` tokens over a cache have its cells split among programs: `shares`, where bits count `chunks`. Else `cells` or `walk`."""
     few = cached and most >= T
     return ("chunks" if few else "walk") if exact else ("shares" if few else "cells")
 
