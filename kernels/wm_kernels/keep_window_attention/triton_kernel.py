@@ -245,7 +245,7 @@ def attend_slots(
             BLOCK_P
         )  # fmt: skip
     else:
-        store_partial(acc, tops, acc_RP, new_best_R, total_R, (b * K + kv) * SHARES + share, P, BLOCK_P, BLOCK_R)
+        store_partial(acc, tops, acc_RP, new_best_R, total_R, (b * K + kv) * SHARES + share, G, P, BLOCK_P, BLOCK_R)
         tl.store(choice + b * K + kv, tl.where(wins, place, -1), mask=share == 0)
 
 
