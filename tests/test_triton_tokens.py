@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from triton_support import DEVICE, DTYPES, ON_CUDA, needs_triton, random  # first: it chooses the interpreter
+from wm_kernels.numerics import numerics
 
 pytestmark = needs_triton
 
@@ -21,6 +22,12 @@ PIECES = list(pairwise(CUTS))
 
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def exact_mode():
+    with numerics("exact"):
+        yield
 
 
 def same_bits_in_pieces(whole, call):
@@ -67,11 +74,9 @@ def test_routers(dtype):
     g, R, J, d, k = generator(), 2, 24, 16, 4
     logits, query, keys = random(g, T, 40, dtype=dtype), random(g, 1, T, R, 2, d, dtype=dtype), random(g, R, J, 2, d, dtype=dtype)
     for normalize in (False, True):
-        same_bits_in_pieces(
-            router_topk_triton(logits, k, normalize, "exact"), lambda a, b, n=normalize: router_topk_triton(logits[a:b], k, n, "exact")
-        )
-    whole = tuple(value[0] for value in product_key_topk_triton(query, keys, k, "exact"))
-    same_bits_in_pieces(whole, lambda a, b: tuple(value[0] for value in product_key_topk_triton(query[:, a:b], keys, k, "exact")))
+        same_bits_in_pieces(router_topk_triton(logits, k, normalize), lambda a, b, n=normalize: router_topk_triton(logits[a:b], k, n))
+    whole = tuple(value[0] for value in product_key_topk_triton(query, keys, k))
+    same_bits_in_pieces(whole, lambda a, b: tuple(value[0] for value in product_key_topk_triton(query[:, a:b], keys, k)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -86,13 +91,13 @@ def test_mixtures(dtype):
 
     def mix(first, last):
         given = x[None, first:last], expert[None, first:last], weight[None, first:last]
-        return expert_mix_triton(*given, down, up, "silu", False, "exact")[0]
+        return expert_mix_triton(*given, down, up, "silu", False)[0]
 
     same_bits_in_pieces(mix(0, T), mix)
     matrices = random(g, E, 2 * I, WIDTH, dtype=dtype), None, random(g, E, WIDTH, I, dtype=dtype), None
 
     def wide(first, last):
-        return moe_mix_triton(x[first:last], expert[first:last, 0], weight[first:last, 0], *matrices, "silu", True, "exact")
+        return moe_mix_triton(x[first:last], expert[first:last, 0], weight[first:last, 0], *matrices, "silu", True)
 
     same_bits_in_pieces(wide(0, T), wide)
 

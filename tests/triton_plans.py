@@ -98,7 +98,7 @@ def expert_mix() -> Plans:
     from wm_kernels.expert_mix.plan import plan, spread_plan
 
     names = {"x_BTD": BF16, "expert_MQ": I64, "weight_MQ": BF16, "down_ED": BF16, "up_ED": BF16, "y_MD": BF16}
-    for regime, T in (("few", 2), ("some", 64), ("many", 4096)):
+    for regime, T in (("few", 2), ("many", 4096)):
         for values in rows("expert_mix", regime):
             yield plan(4, T, 2048, 32, BF16, "silu", False, (T * 2048, 2048), 2048, 2048, "sm_90", **values), names
     names = {"inner_ME": F32, "expert_MQ": I64, "weight_MQ": BF16, "hidden_ME": BF16, "rest_ME": BF16}

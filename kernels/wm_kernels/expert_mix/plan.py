@@ -18,10 +18,8 @@ ALIGNMENT = 8  # entries: torch's products are slow on rows that are not a multi
 
 
 def regime(M: int) -> str:
-    """`few` tokens cannot fill the machine one each; of `some` the picks touch each expert less than about once; `many` share its rows."""
-    if M <= 32:
-        return "few"
-    return "some" if M <= 1024 else "many"
+    """The picks of `few` tokens touch each expert less than about once; `many` share its rows."""
+    return "few" if M <= 1024 else "many"
 
 
 def serves_products(M: int, D: int, E: int, Q: int, dtype: torch.dtype) -> bool:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from wm_kernels.expert_mix.plan import plan, products_at_once, serves_products, spread_plan
+from wm_kernels.numerics import exact
 from wm_kernels.triton_launch import architecture, run, strides
 from wm_kernels.triton_support import inner_contiguous
 
@@ -16,15 +17,14 @@ def expert_mix_triton(
     up_ED: Tensor,
     activation: str,
     weight_inside: bool,
-    numerics: str = "fast",
 ) -> Tensor:
     """See `expert_mix_reference`; float32, float16 or bfloat16. Rows whose entries do not follow each other are copied first.
 
-    With `numerics="exact"` a token's bits do not depend on the tokens beside it; "fast" chooses other orders of summation for many.
+    In exact mode a token's bits do not depend on the tokens beside it; otherwise many tokens are summed in other orders than few.
     """
     (B, T, D), Q = x_BTD.shape, expert_BTRk.shape[2] * expert_BTRk.shape[3]
     tables = {down_ED.dtype, up_ED.dtype}
-    if numerics == "fast" and tables == {x_BTD.dtype} and serves_products(B * T, D, down_ED.shape[0], Q, x_BTD.dtype):
+    if not exact() and tables == {x_BTD.dtype} and serves_products(B * T, D, down_ED.shape[0], Q, x_BTD.dtype):
         return expert_mix_products(x_BTD, expert_BTRk, weight_BTRk, down_ED, up_ED, activation, weight_inside)
     x_BTD, down_ED, up_ED = (inner_contiguous(tensor) for tensor in (x_BTD, down_ED, up_ED))
     y_BTD = torch.empty(x_BTD.shape, dtype=x_BTD.dtype, device=x_BTD.device)
@@ -41,7 +41,7 @@ def expert_mix_triton(
         strides(down_ED)[0],
         strides(up_ED)[0],
         architecture(x_BTD.device),
-        numerics == "exact",
+        exact(),
     )
     tensors = {
         "x_BTD": x_BTD,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from wm_kernels.moe_mix.definition import moe_mix_reference
 from wm_kernels.moe_mix.plan import combine_plan, hidden_plan, picks_plan
+from wm_kernels.numerics import exact
 from wm_kernels.triton_launch import architecture, run, strides
 from wm_kernels.triton_support import inner_contiguous
 
@@ -33,14 +34,13 @@ def moe_mix_triton(
     out_bias_ED: Tensor | None,
     activation: str,
     gated: bool,
-    numerics: str = "fast",
 ) -> Tensor:
     """See `moe_mix_reference`; float32, float16 or bfloat16.
 
-    With `numerics="exact"` a token's bits do not depend on the tokens beside it; "fast" joins the tokens of an expert where they are many.
+    In exact mode a token's bits do not depend on the tokens beside it; otherwise the tokens of an expert are joined where they are many.
     """
     run = moe_mix_reference
-    if numerics == "exact" or expert_Mk.numel() <= in_EFD.shape[0]:
+    if exact() or expert_Mk.numel() <= in_EFD.shape[0]:
         run = moe_mix_picks
     elif serves_grouped(x_MD, out_EDI):
         run = moe_mix_grouped
