@@ -54,8 +54,7 @@ def compilations(space: Space, values: Values, inputs: Inputs) -> list[Compilati
         dtypes = {name: tensor.dtype for name, tensor in tensors.items()} | {name: made.dtype for name, made in plan.scratch.items()}
         for launch in plan.launches:
             arguments = tuple(dtypes[value] if isinstance(value, str) else value for value in launch.arguments)
-            options = dict(launch.constants) | {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-            found.append((launch.kernel.fn.__module__, launch.kernel.fn.__name__, arguments, options))
+            found.append((launch.kernel.fn.__module__, launch.kernel.fn.__name__, arguments, {**launch.constants, **launch.options}))
 
     launch_now = triton_launch.run
     callers = [module for name, module in sys.modules.items() if name.startswith("wm_kernels.") and vars(module).get("run") is launch_now]

@@ -2,10 +2,15 @@
 
 import importlib
 import json
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+
+from wm_kernels import triton_configs
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -15,7 +20,7 @@ def modules(monkeypatch):
     """Import a benchmark's module by name; they lie outside the packages."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
-    for name in [name for name in sys.modules if name.split(".")[0] in ("_kernels_report", "kernel_cases")]:
+    for name in [name for name in sys.modules if name.split(".")[0] in ("_kernels_report", "kernel_cases", "tune")]:
         sys.modules.pop(name)
 
 
@@ -98,3 +103,63 @@ def test_spaces_start_from_all_values_and_try_only_those(modules):
         served = [set(row["values"]) for row in table if row.get("regime", space.regime) == space.regime]
         assert served, (space.case.op, space.regime)
         assert all(values <= set(space.start) for values in served), (space.case.op, space.regime)
+
+
+@pytest.fixture
+def tables(monkeypatch, tmp_path):
+    """A copy of the tables in place of the package's."""
+    source = Path(triton_configs.__file__).parent
+    for table in source.glob("*/triton_configs.json"):
+        (tmp_path / table.parent.name).mkdir()
+        shutil.copy(table, tmp_path / table.parent.name)
+    monkeypatch.setattr(triton_configs, "files", lambda package: tmp_path)
+    yield tmp_path
+    triton_configs._rows.cache_clear()
+    triton_configs.config.cache_clear()
+
+
+def read(*key):
+    triton_configs._rows.cache_clear()
+    triton_configs.config.cache_clear()
+    return dict(triton_configs.config(*key))
+
+
+def test_the_table_that_the_tuner_writes_is_the_table_that_is_read(modules, tables, monkeypatch):
+    tune = modules("tune")
+    assert Path(triton_configs.__file__).parent == tune.KERNELS  # where it writes when it is not tested
+    monkeypatch.setattr(tune, "KERNELS", tables)
+    spaces = [space for space in modules("kernel_cases").all_spaces() if space.case.op == "router_topk"]
+    general, of_1024 = (next(space for space in spaces if bool(space.dims) == named) for named in (False, True))
+    elsewhere = read("router_topk", "sm_80", "bfloat16", "narrow", (("E", 64), ("k", 8)))
+    for warps in (16, 32):  # a second row for the same takes the place of the first
+        tune.write(of_1024, {"elements": 1, "num_warps": warps}, "sm_90")
+        tune.write(general, {"elements": 2, "num_warps": warps}, "sm_90")
+        assert read("router_topk", "sm_90", "bfloat16", "narrow", (("E", 64), ("k", 8))) == {"elements": 2, "num_warps": warps}
+        assert read("router_topk", "sm_90", "bfloat16", "narrow", (("E", 1024), ("k", 8))) == {"elements": 1, "num_warps": warps}
+    assert read("router_topk", "sm_80", "bfloat16", "narrow", (("E", 64), ("k", 8))) == elsewhere
+
+
+def test_the_tuner_compiles_what_a_launch_would(modules, monkeypatch):
+    pytest.importorskip("triton")
+    from wm_kernels.router_topk import triton_op
+
+    tune, cases, plan = modules("tune"), modules("kernel_cases"), triton_op.plan
+
+    def limited(*arguments):
+        made = plan(*arguments)
+        return replace(made, launches=tuple(replace(launch, max_registers=64, num_stages=3) for launch in made.launches))
+
+    monkeypatch.setattr(triton_op, "plan", limited)
+    logits = torch.randn(4, 8)
+    case = cases.Case(
+        "router_topk", "small", "float32", dict, lambda inputs: triton_op.router_topk_triton(logits, 2, True), lambda inputs: 0.0
+    )
+    try:
+        (job,) = tune.compilations(cases.Space(case, "few", {}, {}, []), {"elements": 16, "num_warps": 2}, {})
+    finally:
+        tune.force("router_topk", None)
+    module, kernel, arguments, options = job
+    assert (module, kernel) == ("wm_kernels.router_topk.triton_kernel", "router_topk_kernel")
+    assert arguments == (torch.float32, torch.float32, torch.int64, 4, 8)
+    assert (options["BLOCK_M"], options["BLOCK_E"]) == (2, 8)
+    assert (options["num_warps"], options["num_stages"], options["maxnreg"]) == (2, 3, 64)

@@ -59,11 +59,13 @@ def test_product_key_topk(dtype, B, T, R, d, J, k, kind):
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
-def test_product_keys_whose_sums_round_to_one_number(k):
+@pytest.mark.parametrize("swapped", [False, True])
+def test_product_keys_whose_sums_round_to_one_number(k, swapped):
     from wm_kernels.product_key_topk.triton_op import product_key_topk_triton
 
-    # 1 + a billionth is 1: the pairs of ranks that pruning leaves out tie with winners, and some have the lower index.
+    # 1 + a billionth is 1: sums tie whose summands do not, and the best of them by index are not those of the best summands.
     halves = torch.tensor([3e-9, 2e-9, 4e-9, 1e-9]), torch.tensor([1.0, 1.0, 0.5, 0.2])
+    halves = halves[::-1] if swapped else halves
     query, keys = torch.ones(1, 1, 1, 2, 1, device=DEVICE), torch.stack(halves, 1).view(1, 4, 2, 1).to(DEVICE)
     got, expected = product_key_topk_triton(query, keys, k), product_key_topk_reference(query, keys, k)
     assert torch.equal(got[1], expected[1])
@@ -115,6 +117,40 @@ def test_expert_mix(dtype, B, T, D, R, k, activation, inside):
     expected = expert_mix_reference(*wide((x, expert, weight, down, up)), activation, inside)
     check("expert_mix", dtype, y, expected)
     assert torch.equal(y, expert_mix_triton(x, expert, weight, down, up, activation, inside))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16] if ON_CUDA else [torch.float32, torch.float16])
+@pytest.mark.parametrize(("B", "T", "D", "R", "k"), [(2, 5, 40, 2, 3), (1, 1, 24, 1, 1), (1, 3, 16, 3, 5)])
+@pytest.mark.parametrize(("activation", "inside"), [("silu", False), ("gelu", True)])
+def test_expert_mix_by_products_with_all_experts(dtype, B, T, D, R, k, activation, inside, monkeypatch):
+    from wm_kernels.expert_mix import triton_op
+
+    g, E = seeded(), 16
+    x, weight = scattered(random(g, B, T, D, dtype=dtype), 1), torch.softmax(random(g, B, T, R, k), -1).to(dtype)
+    down, up = random(g, E, D, dtype=dtype), random(g, E, D, dtype=dtype)
+    expert = torch.randint(0, 7, (B, T, R, k), generator=g).to(DEVICE)  # few, so that a token picks some of them often
+    expected = expert_mix_reference(*wide((x, expert, weight, down, up)), activation, inside)
+    for at_once in (2**20, 3):  # all tokens together, and a few at a time
+        monkeypatch.setattr(triton_op, "products_at_once", lambda E, at_once=at_once: at_once)
+        y = triton_op.expert_mix_products(x, expert, weight, down, up, activation, inside)
+        check("expert_mix", dtype, y, expected)
+        assert torch.equal(y, triton_op.expert_mix_products(x, expert, weight, down, up, activation, inside))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("gated", "bias", "activation"), [(True, False, "silu"), (False, True, "gelu"), (True, True, "silu")])
+def test_moe_mix_of_few_tokens(dtype, gated, bias, activation):
+    from wm_kernels.moe_mix.triton_op import moe_mix_picks
+
+    g, (M, E, D, I, k) = seeded(), (3, 5, 40, 11, 2)
+    F = 2 * I if gated else I
+    shapes = (E, F, D), (E, F) if bias else None, (E, D, I), (E, D) if bias else None
+    matrices = tuple(None if shape is None else scattered(random(g, *shape, dtype=dtype), seed) for seed, shape in enumerate(shapes))
+    x, weight = scattered(random(g, M, D, dtype=dtype), 7), torch.rand((M, k), generator=g).to(DEVICE, dtype)
+    expert = torch.tensor([[0, 4], [4, 4], [2, 1]], device=DEVICE)
+    y = moe_mix_picks(x, expert, weight, *matrices, activation, gated)
+    check("moe_mix", dtype, y, moe_mix_reference(*wide((x, expert, weight, *matrices)), activation, gated))
+    assert torch.equal(y[1:2], moe_mix_picks(x[1:2], expert[1:2], weight[1:2], *matrices, activation, gated))
 
 
 @pytest.mark.skipif(not ON_CUDA, reason="torch's grouped product of bfloat16 runs on CUDA alone")

@@ -22,7 +22,7 @@ def residual_rms_norm() -> Plans:
     from wm_kernels.residual_rms_norm.plan import plan
 
     names = dict.fromkeys(("x_MD", "residual_MD", "scale_D", "weight_D", "normed_MD", "sum_MD"), BF16)
-    for regime, M, D in (("few", 4, 2048), ("many", 16384, 2048), ("wide", 64, 20480)):
+    for regime, M, D in (("rows", 16384, 2048), ("wide", 64, 20480)):
         for values in rows("residual_rms_norm", regime):
             yield plan(M, D, BF16, 1e-6, True, D, D, "sm_90", **values), names
 
@@ -31,7 +31,7 @@ def gated_rms_norm() -> Plans:
     from wm_kernels.gated_rms_norm.plan import plan
 
     names = dict.fromkeys(("y_MC", "z_MC", "weight_C", "out_MC"), BF16)
-    for regime, M, C in (("few", 4, 2048), ("many", 16384, 2048), ("wide", 64, 20480)):
+    for regime, M, C in (("rows", 16384, 2048), ("wide", 64, 20480)):
         for values in rows("gated_rms_norm", regime):
             yield plan(M, C, BF16, 1e-6, C, C, "sm_90", **values), names
 
@@ -95,16 +95,19 @@ def router_topk() -> Plans:
 
 
 def expert_mix() -> Plans:
-    from wm_kernels.expert_mix.plan import plan
+    from wm_kernels.expert_mix.plan import plan, spread_plan
 
     names = {"x_BTD": BF16, "expert_MQ": I64, "weight_MQ": BF16, "down_ED": BF16, "up_ED": BF16, "y_MD": BF16}
-    for regime, T in (("few", 2), ("some", 64), ("many", 4096)):
+    for regime, T in (("few", 2), ("many", 4096)):
         for values in rows("expert_mix", regime):
             yield plan(4, T, 2048, 32, BF16, "silu", False, (T * 2048, 2048), 2048, 2048, "sm_90", **values), names
+    names = {"inner_ME": F32, "expert_MQ": I64, "weight_MQ": BF16, "hidden_ME": BF16, "rest_ME": BF16}
+    for values in rows("expert_mix", "products"):
+        yield spread_plan(8192, 1024, 64, BF16, "silu", False, "sm_90", **values), names
 
 
 def moe_mix() -> Plans:
-    from wm_kernels.moe_mix.plan import combine_plan, hidden_plan
+    from wm_kernels.moe_mix.plan import combine_plan, hidden_plan, picks_plan
 
     names = {"inner_NF": BF16, "in_bias_EF": BF16, "expert_N": I64, "hidden_NI": BF16, "out_ND": BF16, "out_bias_ED": BF16}
     names |= {"expert_Mk": I64, "weight_Mk": BF16, "place_Mk": I64, "y_MD": BF16}
@@ -112,6 +115,10 @@ def moe_mix() -> Plans:
         yield hidden_plan(16384, 512, BF16, True, True, "silu", "sm_90", **values), names
     for values in rows("moe_mix", "combine"):
         yield combine_plan(16384, 8, 2048, BF16, True, "sm_90", **values), names
+    names |= {"x_MD": BF16, "weight_N": BF16, "in_EFD": BF16, "out_EDI": BF16}
+    for values in rows("moe_mix", "picks"):
+        strides = (1024 * 2048, 2048), (2048 * 512, 512), (1024, 2048)
+        yield picks_plan(4, 2, 2048, 512, BF16, True, (True, True), "silu", 2048, *strides, "sm_90", **values), names
 
 
 OPS = {

@@ -26,9 +26,12 @@ DTYPE = "bfloat16"
 def cases() -> list[Case]:
     """Product keys and expert mixture at M; routers; a mixture of wide experts; layers."""
     made = [product_keys("M", 16384, 4, 64, 128, 8), product_keys("k 16", 16384, 4, 64, 128, 16), product_keys("step", 64, 4, 64, 128, 8)]
+    made += [product_keys("J 32 k 32", 16384, 8, 64, 32, 32), product_keys("J 64 k 32", 16384, 8, 64, 64, 32)]
     made += [product_keys("E 1M", 4096, 8, 128, 1024, 16)]
     made += [mixture("M", 16384, 2048, 16384, 4, 8), mixture("E 1024", 16384, 1024, 1024, 4, 8), mixture("step", 64, 2048, 16384, 4, 8)]
-    made += [router("E 64", 16384, 64, 8), router("E 1024", 16384, 1024, 32), wide_experts(8192, 1024, 64, 512, 8)]
+    made += [router("E 64", 16384, 64, 8), router("E 1024", 16384, 1024, 32)]
+    made += [wide_experts("E 64 k 8", 8192, 1024, 64, 512, 8), wide_experts("step", 8, 1024, 64, 512, 8)]
+    made += [wide_experts("step of one", 1, 4096, 16, 14336, 2), retrieval("M", 16384, 2048, 16384, 4, 8, 64)]
     return made + [layer(E, k) for E in (1024, 4096) for k in (8, 16, 32)]
 
 
@@ -38,6 +41,8 @@ def spaces() -> list[Space]:
     tiles = grid(block_M=[16, 32], num_warps=[1, 2, 4]) + grid(block_M=[64, 128], num_warps=[4, 8])
     made = [Space(product_keys("M", 16384, 4, 64, 128, 8), "many", {}, keys, [tiles])]
     made.append(Space(product_keys("step", 64, 4, 64, 128, 8), "few", {}, keys, [grid(block_M=[16], num_warps=[1, 2, 4])]))
+    full = grid(block_M=[16], num_warps=[1, 2]) + grid(block_M=[32], num_warps=[2, 4]) + grid(block_M=[64], num_warps=[4])
+    made.append(Space(product_keys("J 32 k 32", 16384, 8, 64, 32, 32), "many", {"J": 32, "k": 32}, keys, [full]))
     million = grid(block_M=[16], num_warps=[4, 8]) + grid(block_M=[64], num_warps=[8, 16])
     made.append(Space(product_keys("E 1M", 4096, 8, 128, 1024, 16), "many", {"J": 1024}, keys, [million]))
     start = {"inner_D": 256, "inner_tokens": 8, "picks": 32, "inner_Q": 16, "inner_warps": 1}
@@ -55,8 +60,7 @@ def spaces() -> list[Space]:
     few = start | {"inner_D": 8192, "inner_tokens": 1, "picks": 4, "inner_Q": 4, "inner_warps": 4, "outer_D": 128, "outer_tokens": 1}
     splits = [grid(picks=[1], inner_Q=[1], inner_warps=[2, 4, 8]) + grid(picks=[4, 8], inner_Q=[4], inner_warps=[4, 8])]
     splits.append(grid(outer_D=[64, 128, 256], outer_Q=[16, 32], outer_warps=[1]))
-    made.append(Space(mixture("step", 64, 2048, 16384, 4, 8), "some", {}, few, splits))
-    made.append(Space(mixture("step 8", 8, 2048, 16384, 4, 8), "few", {}, few, splits))
+    made.append(Space(mixture("step", 64, 2048, 16384, 4, 8), "few", {}, few, splits))
     narrow = grid(elements=[256, 512, 1024, 2048], num_warps=[1]) + grid(elements=[2048, 4096], num_warps=[4])
     made.append(Space(router("E 64", 16384, 64, 8), "narrow", {}, {"elements": 1024, "num_warps": 1}, [narrow]))
     full = grid(elements=[1024], num_warps=[1, 2]) + grid(elements=[2048, 4096], num_warps=[4])
@@ -171,8 +175,9 @@ def grouped_mixture(x: Tensor, expert: Tensor, weight: Tensor, matrix_in: Tensor
     return y
 
 
-def wide_experts(M: int, D: int, E: int, I: int, k: int) -> Case:
+def wide_experts(name: str, M: int, D: int, E: int, I: int, k: int) -> Case:
     """Gated experts of Jamba's and Mixtral's kind."""
+    few = M * k <= E
 
     def make() -> Inputs:
         g = generator()
@@ -192,11 +197,64 @@ def wide_experts(M: int, D: int, E: int, I: int, k: int) -> Case:
     def looped(v: Inputs) -> Callable[[], Any]:
         return lambda: moe_mix_reference(v["x"], v["expert"], v["weight"], v["in"], None, v["out"], None, "silu", True)
 
+    def gathered(v: Inputs) -> Callable[[], Any]:
+        def run() -> Tensor:
+            gate, rest = torch.matmul(v["in"][v["expert"]], v["x"][:, None, :, None]).squeeze(-1).chunk(2, -1)
+            out = torch.matmul(v["out"][v["expert"]], (F.silu(gate) * rest).unsqueeze(-1)).squeeze(-1)
+            return torch.matmul(v["weight"].unsqueeze(1), out).squeeze(1)
+
+        return run
+
     peers = {"looped": looped, "torch grouped": eager(grouped_mixture, "x", "expert", "weight", "in", "out", gated=True)}
-    size = 2 * M * D * 2 + 3 * E * D * I * 2
-    return Case(
-        "moe_mix", f"E {E} k {k}", DTYPE, make, ours, oracle, peers, size, 6 * M * k * D * I, {"× looped": 1.0, "× torch grouped": 1.0}
-    )
+    bars = {"× looped": 1.0, "× torch grouped": 1.0} | ({"× gathered": 1.0} if few else {})
+    size = 2 * M * D * 2 + 3 * min(E, M * k) * D * I * 2
+    return Case("moe_mix", name, DTYPE, make, ours, oracle, peers | ({"gathered": gathered} if few else {}), size, 6 * M * k * D * I, bars)
+
+
+def retrieval(name: str, M: int, D: int, E: int, R: int, k: int, d: int) -> Case:
+    """Queries, product keys and mixture: what the module of PEER-pytorch does, with its options for softmax and SiLU."""
+    J = int(E**0.5)
+
+    def make() -> Inputs:
+        g = generator()
+        shapes = {"x": (M, D), "query": (2 * R * d, D), "keys": (R, J, 2, d), "down": (E, D), "up": (E, D)}
+        return {key: normal(g, *shape, dtype=DTYPE, scale=1.0 if key == "x" else shape[-1] ** -0.5) for key, shape in shapes.items()}
+
+    def picks(v: Inputs) -> tuple[Tensor, Tensor]:
+        return ops.product_key_topk(F.linear(v["x"], v["query"]).view(1, M, 2, R, d).transpose(2, 3), v["keys"], k)
+
+    def ours(v: Inputs) -> Tensor:
+        weight, expert = picks(v)
+        return ops.expert_mix(v["x"].unsqueeze(0), expert, weight, v["down"], v["up"], "silu", False)
+
+    def oracle(v: Inputs) -> float:
+        weight, expert = (value[:, :CHECKED] for value in picks(v))
+        inputs = wide(v["x"][None, :CHECKED], expert, weight, v["down"], v["up"])
+        return over_budget("expert_mix", DTYPE, [ours(v)[:, :CHECKED]], [expert_mix_reference(*inputs, "silu", False)])
+
+    def module(v: Inputs) -> torch.nn.Module:
+        from PEER_pytorch import PEER
+
+        options = {"heads": R, "num_experts": E, "num_experts_per_head": k, "dim_key": d, "non_competing_scores": False}
+        made = PEER(D, activation=torch.nn.SiLU, **options).to("cuda", torch.bfloat16).requires_grad_(False)
+        made.to_queries[0].weight.copy_(v["query"])
+        made.keys.copy_(v["keys"])
+        made.weight_down_embed.weight.copy_(v["down"])
+        made.weight_up_embed.weight.copy_(v["up"])
+        return made
+
+    def as_is(v: Inputs) -> Callable[[], Any]:
+        made, x = module(v), v["x"].unsqueeze(0)
+        return lambda: made(x)
+
+    def made_fast(v: Inputs) -> Callable[[], Any]:
+        made, x = torch.compile(module(v), mode="max-autotune-no-cudagraphs", dynamic=False), v["x"].unsqueeze(0)
+        return lambda: made(x)
+
+    peers = {"PEER-pytorch": as_is, "PEER-pytorch compiled": made_fast}
+    size = 2 * M * D * 2 + 2 * (2 * E * D + 2 * R * d * D)
+    flops = 4 * M * D * R * (d + k) + 4 * M * R * J * d
+    return Case("PEER layer", name, DTYPE, make, ours, oracle, peers, size, flops, {"× PEER-pytorch": 4.0, "× PEER-pytorch compiled": 1.5})
 
 
 def layer(E: int, k: int, M: int = 16384, D: int = 1024, width: int = 8, shared: int = 1024) -> Case:

@@ -37,10 +37,8 @@ def spaces() -> list[Space]:
     """Norms by width, convolution, rotation, scan."""
     rows = {"rows": 1, "programs": 65536, "num_warps": 4}
     tiles = [grid(rows=[1], num_warps=[1, 2, 4, 8]) + grid(rows=[2, 4], num_warps=[4, 8]), grid(programs=[1056, 2112, 65536])]
-    few = [grid(num_warps=[2, 4, 8, 16])]
-    made = [Space(norm(16384, D), "many", {"D": D}, rows, tiles) for D in (2048, 4096, 8192)]
-    made += [Space(gated(16384, C), "many", {"C": C}, rows, tiles) for C in (2048, 4096, 8192)]
-    made += [Space(norm(64, 2048), "few", {}, rows, few), Space(gated(64, 2048), "few", {}, rows, few)]
+    made = [Space(norm(16384, D), "rows", {"D": D}, rows, tiles) for D in (2048, 4096, 8192)]
+    made += [Space(gated(16384, C), "rows", {"C": C}, rows, tiles) for C in (2048, 4096, 8192)]
     conv = grid(block_T=[8, 16, 32], block_C=[128], num_warps=[1]) + grid(block_T=[8, 16, 32], block_C=[256], num_warps=[1, 2])
     made.append(Space(convolution("M", 4, 4096, 4352), "tokens", {}, {"block_T": 16, "block_C": 256, "num_warps": 2}, [conv]))
     step = grid(block_T=[1], block_C=[64, 128, 256], num_warps=[1, 2])

@@ -12,8 +12,8 @@ from wm_kernels.triton_support import blocks, dtype_name, power_of_two
 
 
 def regime(T: int) -> str:
-    """`step`: a token or a few; `tokens`: more."""
-    return "step" if T <= 4 else "tokens"
+    """`step`: one token; `tokens`: any other number."""
+    return "step" if T == 1 else "tokens"
 
 
 @lru_cache(maxsize=1024)
@@ -37,6 +37,8 @@ def plan(
     `given` says whether there are a bias, a state and valid lengths; stand-ins serve for those that are absent.
     """
     values = override or config("causal_conv1d", arch, dtype_name(dtype), regime(T), (("C", C), ("L", L)))
+    # Every token that reads the state is in a row's first program, which may write the new state in place.
+    block_T = 1 if regime(T) == "step" else max(values["block_T"], power_of_two(L - 1))
     has_bias, has_state, has_valid = given
     block_C = min(values["block_C"], power_of_two(C))
     constants = {
@@ -46,11 +48,11 @@ def plan(
         "HAS_STATE": has_state,
         "HAS_VALID": has_valid,
         "SILU": silu,
-        "BLOCK_T": values["block_T"],
+        "BLOCK_T": block_T,
         "BLOCK_C": block_C,
     }
     names = ("x_BTC", "weight_CL", "bias_C", "before_BYC", "valid_B", "y_BTC", "after_BYC")
     arguments = (*names, T, *x_strides, weight_stride, *before_strides, *after_strides)
     # A row without tokens still hands on its state.
-    grid = (blocks(C, block_C), max(1, blocks(T, values["block_T"])), B)
+    grid = (blocks(C, block_C) * max(1, blocks(T, block_T)) * B,)
     return Plan((Launch(causal_conv1d_kernel, grid, arguments, constants, values["num_warps"], 1),))

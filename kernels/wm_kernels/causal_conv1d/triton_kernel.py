@@ -19,9 +19,13 @@ def causal_conv1d_kernel(
     """
     Y: tl.constexpr = L - 1
     BLOCK_Y: tl.constexpr = triton.next_power_of_2(Y)
-    b = tl.program_id(2).to(tl.int64)
-    first = tl.program_id(1) * BLOCK_T
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    # One axis, as the others end at 65535: channels run fastest, then tokens.
+    program = tl.program_id(0)
+    across: tl.constexpr = tl.cdiv(C, BLOCK_C)
+    along = tl.maximum(tl.cdiv(T, BLOCK_T), 1)
+    b = (program // across // along).to(tl.int64)
+    first = program // across % along * BLOCK_T
+    c = program % across * BLOCK_C + tl.arange(0, BLOCK_C)
     in_C = c < C
     x_row = x_BTC + b * x_stride_B
     before = before_BYC + b * before_stride_B

@@ -1,23 +1,36 @@
-"""Launches of expert_mix. B batch, T tokens, M = B*T, D model, Q picks of one token, S slices of D."""
+"""Launches of expert_mix. B batch, T tokens, M = B*T, D model, E experts, Q picks of one token, S slices of D."""
 
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-from wm_kernels.expert_mix.triton_kernel import expert_hidden_kernel, expert_inner_kernel, expert_outer_kernel
+from wm_kernels.expert_mix.triton_kernel import expert_hidden_kernel, expert_inner_kernel, expert_outer_kernel, expert_spread_kernel
 from wm_kernels.triton_configs import config
 from wm_kernels.triton_launch import Launch, Plan, Scratch
 from wm_kernels.triton_support import blocks, dtype_name, power_of_two
 
 HIDDEN_BLOCK = 1024
+EXPERTS_PER_PICK = 32  # up to which products with all experts are faster than reading the picked rows
+PRODUCT_TOKENS = 1024  # fewer do not fill the machine with products
+PRODUCT_BYTES = 2**25  # of products held at once, so that they stay in the L2 cache
+ALIGNMENT = 8  # entries: torch's products are slow on rows that are not a multiple of 16 bytes
 
 
 def regime(M: int) -> str:
-    """`few` tokens cannot fill the machine one each; of `some` the picks touch each expert less than about once; `many` share its rows."""
-    if M <= 32:
-        return "few"
-    return "some" if M <= 1024 else "many"
+    """The picks of `few` tokens touch each expert less than about once; `many` share its rows."""
+    return "few" if M <= 1024 else "many"
+
+
+def serves_products(M: int, D: int, E: int, Q: int, dtype: torch.dtype) -> bool:
+    """Whether products with all experts serve: in bfloat16 alone, as float16 may not hold a hidden value that float32 does."""
+    aligned = D % ALIGNMENT == 0 and E % ALIGNMENT == 0
+    return dtype == torch.bfloat16 and aligned and M >= PRODUCT_TOKENS and E <= EXPERTS_PER_PICK * Q
+
+
+def products_at_once(E: int) -> int:
+    """Tokens whose products are held at once."""
+    return max(128, PRODUCT_BYTES // (4 * power_of_two(E)))
 
 
 @lru_cache(maxsize=1024)
@@ -33,10 +46,11 @@ def plan(
     down_stride: int,
     up_stride: int,
     arch: str,
+    exact: bool = False,
     **override: Any,
 ) -> Plan:
     """Two launches, three where D is cut for the products with `down`; tensors x_BTD, expert_MQ, weight_MQ, down_ED, up_ED, y_MD."""
-    values = override or config("expert_mix", arch, dtype_name(dtype), regime(B * T), (("D", D), ("Q", Q)))
+    values = override or config("expert_mix", arch, dtype_name(dtype), "few" if exact else regime(B * T), (("D", D), ("Q", Q)))
     M, widest = B * T, power_of_two(D)
     inner_D, outer_D = min(values["inner_D"], widest), min(values["outer_D"], widest)
     S, picks = blocks(D, inner_D), min(values["picks"], power_of_two(Q))
@@ -70,3 +84,13 @@ def plan(
         1,
     )
     return Plan((inner, finish, outer) if S > 1 else (inner, outer), scratch)
+
+
+@lru_cache(maxsize=1024)
+def spread_plan(M: int, E: int, Q: int, dtype: torch.dtype, activation: str, weight_inside: bool, arch: str, **override: Any) -> Plan:
+    """One launch, between the products; tensors inner_ME, expert_MQ, weight_MQ, hidden_ME, rest_ME."""
+    values = override or config("expert_mix", arch, dtype_name(dtype), "products", (("E", E), ("Q", Q)))
+    constants = {"E": E, "Q": Q, "ACTIVATION": activation, "WEIGHT_INSIDE": weight_inside}
+    constants |= {"BLOCK_Q": min(values["block_Q"], power_of_two(Q)), "BLOCK_E": min(values["block_E"], power_of_two(E))}
+    arguments = ("inner_ME", "expert_MQ", "weight_MQ", "hidden_ME", "rest_ME", M)
+    return Plan((Launch(expert_spread_kernel, (M,), arguments, constants, values["num_warps"], 1),))

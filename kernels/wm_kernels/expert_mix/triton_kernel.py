@@ -3,7 +3,8 @@
 M tokens   D model   E experts   Q picks of one token   S slices of D
 
 Rows of the tables are read through the L2 cache and never gathered in memory. Slices are the slowest axis of the grid: all tokens read one
-slice of the table, which fits in L2, before any reads the next.
+slice of the table, which fits in L2, before any reads the next. Where a token picks a good part of all experts, matrix products over all of
+them are faster than reading the rows one by one; the last kernel stands between the two products.
 """
 
 import triton
@@ -98,3 +99,36 @@ def expert_outer_kernel(
             up = tl.load(row, mask=in_Q[:, None] & in_D[None, :], other=0).to(tl.float32)
             y += tl.sum(up * hidden[:, None], 0)
         tl.store(y_MD + m_64 * D + col, y.to(y_MD.dtype.element_ty), mask=in_D)
+
+
+@triton.jit(do_not_specialize=["M"])
+def expert_spread_kernel(
+    inner_ME, expert_MQ, weight_MQ, hidden_ME, rest_ME, M,
+    E: tl.constexpr, Q: tl.constexpr, ACTIVATION: tl.constexpr, WEIGHT_INSIDE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """hidden + rest = the hidden value of every expert, summed over a token's picks of it, 0 without any; a program does a token.
+
+    hidden is rounded to the tables' dtype, and rest holds what that leaves out.
+    """
+    m = tl.program_id(0).to(tl.int64)
+    none = tl.zeros((BLOCK_E,), hidden_ME.dtype.element_ty)
+    for start in tl.static_range(0, E, BLOCK_E):
+        col = start + tl.arange(0, BLOCK_E)
+        tl.store(hidden_ME + m * E + col, none, mask=col < E)
+        tl.store(rest_ME + m * E + col, none, mask=col < E)
+    tl.debug_barrier()  # the zeros are there before a pick is written
+    for first in range(0, Q, BLOCK_Q):
+        q = first + tl.arange(0, BLOCK_Q)
+        e = tl.load(expert_MQ + m * Q + q, mask=q < Q, other=0)
+        total = tl.zeros((BLOCK_Q,), tl.float32)
+        for other in range(0, Q, BLOCK_Q):
+            o = other + tl.arange(0, BLOCK_Q)
+            e_o = tl.load(expert_MQ + m * Q + o, mask=o < Q, other=0)
+            weight = tl.load(weight_MQ + m * Q + o, mask=o < Q, other=0).to(tl.float32)
+            inner = tl.load(inner_ME + m * E + e_o, mask=o < Q, other=0)
+            hidden = tl.where(o < Q, _hidden(inner, weight, ACTIVATION, WEIGHT_INSIDE), 0.0)
+            # Picks of one expert all make the same sum, in the same order, so that it does not matter which of them is stored last.
+            total += tl.sum(tl.where(e[:, None] == e_o[None, :], hidden[None, :], 0.0), 1)
+        rounded = total.to(hidden_ME.dtype.element_ty)
+        tl.store(hidden_ME + m * E + e, rounded, mask=q < Q)
+        tl.store(rest_ME + m * E + e, (total - rounded.to(tl.float32)).to(rest_ME.dtype.element_ty), mask=q < Q)

@@ -13,17 +13,15 @@ from wm_kernels.triton_support import blocks, dtype_name, power_of_two
 WIDEST = 16384  # columns held at once; wider rows are read twice
 
 
-def regime(M: int, C: int) -> str:
-    """`few` rows leave multiprocessors without one each; rows of more than `WIDEST` columns are `wide`."""
-    if C > WIDEST:
-        return "wide"
-    return "few" if M <= 256 else "many"
+def regime(C: int) -> str:
+    """Rows of more than `WIDEST` columns are `wide`. The number of rows decides nothing: the bits of one do not depend on the others."""
+    return "wide" if C > WIDEST else "rows"
 
 
 @lru_cache(maxsize=1024)
 def plan(M: int, C: int, dtype: torch.dtype, eps: float, y_stride: int, z_stride: int, arch: str, **override: Any) -> Plan:
     """One launch; tensors y_MC, z_MC, weight_C, out_MC."""
-    values = override or config("gated_rms_norm", arch, dtype_name(dtype), regime(M, C), (("C", C),))
+    values = override or config("gated_rms_norm", arch, dtype_name(dtype), regime(C), (("C", C),))
     rows = values["rows"]
     constants = {"C": C, "EPS": eps, "ROWS": rows, "BLOCK_C": min(power_of_two(C), WIDEST)}
     arguments = ("y_MC", "z_MC", "weight_C", "out_MC", M, y_stride, z_stride)

@@ -193,10 +193,8 @@ def _(
 ) -> Tensor:
     _check(x_MD, expert_Mk, weight_Mk, in_EFD, in_bias_EF, out_EDI, out_bias_ED, activation, gated)
     run = _gathered if expert_Mk.numel() <= in_EFD.shape[0] else moe_mix_reference
-    if run is moe_mix_reference and served(x_MD):
-        from wm_kernels.moe_mix.triton_op import moe_mix_grouped, serves_grouped
-
-        run = moe_mix_grouped if serves_grouped(x_MD, out_EDI) else run
+    if served(x_MD) and x_MD.numel() and expert_Mk.numel():
+        from wm_kernels.moe_mix.triton_op import moe_mix_triton as run
     return run(x_MD, expert_Mk, weight_Mk, in_EFD, in_bias_EF, out_EDI, out_bias_ED, activation, gated).contiguous()
 
 

@@ -1,13 +1,13 @@
-"""Launches around the grouped products of moe_mix. M tokens, k picks, N = M k, D model, I inner width."""
+"""Launches around the grouped products of moe_mix, and of few tokens. M tokens, k picks, N = M k, D model, I inner width."""
 
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-from wm_kernels.moe_mix.triton_kernel import moe_combine_kernel, moe_hidden_kernel
+from wm_kernels.moe_mix.triton_kernel import moe_combine_kernel, moe_hidden_kernel, moe_pick_hidden_kernel, moe_pick_outer_kernel
 from wm_kernels.triton_configs import config
-from wm_kernels.triton_launch import Launch, Plan
+from wm_kernels.triton_launch import Launch, Plan, Scratch
 from wm_kernels.triton_support import blocks, dtype_name, power_of_two
 
 
@@ -31,3 +31,45 @@ def combine_plan(M: int, k: int, D: int, dtype: torch.dtype, has_bias: bool, arc
     constants = {"D": D, "k": k, "HAS_BIAS": has_bias, "BLOCK_D": block_D}
     arguments = ("out_ND", "out_bias_ED", "expert_Mk", "weight_Mk", "place_Mk", "y_MD", M)
     return Plan((Launch(moe_combine_kernel, (M, blocks(D, block_D)), arguments, constants, values["num_warps"], 1),))
+
+
+@lru_cache(maxsize=1024)
+def picks_plan(
+    M: int,
+    k: int,
+    D: int,
+    I: int,
+    dtype: torch.dtype,
+    gated: bool,
+    biases: tuple[bool, bool],
+    activation: str,
+    x_stride: int,
+    in_strides: tuple[int, int],
+    out_strides: tuple[int, int],
+    bias_strides: tuple[int, int],
+    arch: str,
+    **override: Any,
+) -> Plan:
+    """Two launches; tensors x_MD, expert_N, weight_N, in_EFD, in_bias_EF, out_EDI, out_bias_ED, y_MD. `biases` tells which are given."""
+    values = override or config("moe_mix", arch, dtype_name(dtype), "picks", (("D", D), ("I", I), ("k", k)))
+    rows, columns, warps = values["rows"], values["columns"], values["num_warps"]
+    shared = {"D": D, "I": I, "k": k}
+    hidden = Launch(
+        moe_pick_hidden_kernel,
+        (M * k, blocks(I, rows)),
+        ("x_MD", "expert_N", "in_EFD", "in_bias_EF", "hidden", x_stride, *in_strides, bias_strides[0]),
+        shared
+        | {"GATED": gated, "HAS_BIAS": biases[0], "ACTIVATION": activation}
+        | {"BLOCK_I": rows, "BLOCK_D": min(columns, power_of_two(D))},
+        warps,
+        values["num_stages"],
+    )
+    outer = Launch(
+        moe_pick_outer_kernel,
+        (M, blocks(D, rows)),
+        ("hidden", "expert_N", "weight_N", "out_EDI", "out_bias_ED", "y_MD", *out_strides, bias_strides[1]),
+        shared | {"HAS_BIAS": biases[1], "BLOCK_I": min(columns, power_of_two(I)), "BLOCK_D": rows},
+        warps,
+        values["num_stages"],
+    )
+    return Plan((hidden, outer), {"hidden": Scratch((M * k, I), torch.float32)})

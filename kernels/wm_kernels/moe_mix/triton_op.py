@@ -1,4 +1,4 @@
-"""`moe_mix` by torch's grouped matrix product, with Triton kernels between and after.
+"""`moe_mix` by torch's grouped matrix product, with Triton kernels between and after; of few tokens by Triton kernels alone.
 
 M tokens   k picks   N = M k picks, sorted by expert   D model   E experts   I inner width   F rows of an expert's input matrix
 """
@@ -6,8 +6,11 @@ M tokens   k picks   N = M k picks, sorted by expert   D model   E experts   I i
 import torch
 from torch import Tensor
 
-from wm_kernels.moe_mix.plan import combine_plan, hidden_plan
-from wm_kernels.triton_launch import architecture, run
+from wm_kernels.moe_mix.definition import moe_mix_reference
+from wm_kernels.moe_mix.plan import combine_plan, hidden_plan, picks_plan
+from wm_kernels.numerics import exact
+from wm_kernels.triton_launch import architecture, run, strides
+from wm_kernels.triton_support import inner_contiguous
 
 MOST_GROUPS = 1023  # of torch's grouped product
 GROUPED_ALIGNMENT = 8  # entries: torch's grouped product wants rows of a multiple of 16 bytes
@@ -19,6 +22,29 @@ def serves_grouped(x_MD: Tensor, out_EDI: Tensor) -> bool:
         return False
     aligned = out_EDI.shape[1] % GROUPED_ALIGNMENT == 0 and out_EDI.shape[2] % GROUPED_ALIGNMENT == 0
     return aligned and torch.cuda.get_device_capability(x_MD.device) >= (9, 0)
+
+
+def moe_mix_triton(
+    x_MD: Tensor,
+    expert_Mk: Tensor,
+    weight_Mk: Tensor,
+    in_EFD: Tensor,
+    in_bias_EF: Tensor | None,
+    out_EDI: Tensor,
+    out_bias_ED: Tensor | None,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    """See `moe_mix_reference`; float32, float16 or bfloat16.
+
+    In exact mode a token's bits do not depend on the tokens beside it; otherwise the tokens of an expert are joined where they are many.
+    """
+    run = moe_mix_reference
+    if exact() or expert_Mk.numel() <= in_EFD.shape[0]:
+        run = moe_mix_picks
+    elif serves_grouped(x_MD, out_EDI):
+        run = moe_mix_grouped
+    return run(x_MD, expert_Mk, weight_Mk, in_EFD, in_bias_EF, out_EDI, out_bias_ED, activation, gated)
 
 
 def moe_mix_grouped(
@@ -59,6 +85,60 @@ def moe_mix_grouped(
     }
     run(combine_plan(M, k, D, x_MD.dtype, out_bias_ED is not None, arch), tensors)
     return y_MD
+
+
+def moe_mix_picks(
+    x_MD: Tensor,
+    expert_Mk: Tensor,
+    weight_Mk: Tensor,
+    in_EFD: Tensor,
+    in_bias_EF: Tensor | None,
+    out_EDI: Tensor,
+    out_bias_ED: Tensor | None,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    """See `moe_mix_reference`; float32, float16 or bfloat16. Every pick reads the matrices of its expert.
+
+    A token's bits do not depend on the tokens beside it. Tensors whose last axis is not contiguous are copied first.
+    """
+    (M, k), (_, D, I) = expert_Mk.shape, out_EDI.shape
+    x_MD, in_EFD, out_EDI = inner_contiguous(x_MD), inner_contiguous(in_EFD), inner_contiguous(out_EDI)
+    y_MD = torch.empty(x_MD.shape, dtype=x_MD.dtype, device=x_MD.device)
+    in_bias = x_MD if in_bias_EF is None else inner_contiguous(in_bias_EF)
+    out_bias = x_MD if out_bias_ED is None else inner_contiguous(out_bias_ED)
+    tensors = {
+        "x_MD": x_MD,
+        "expert_N": expert_Mk.contiguous(),
+        "weight_N": weight_Mk.contiguous(),
+        "in_EFD": in_EFD,
+        "in_bias_EF": in_bias,
+        "out_EDI": out_EDI,
+        "out_bias_ED": out_bias,
+        "y_MD": y_MD,
+    }
+    made = picks_plan(
+        M,
+        k,
+        D,
+        I,
+        x_MD.dtype,
+        gated,
+        (in_bias_EF is not None, out_bias_ED is not None),
+        activation,
+        strides(x_MD)[0],
+        _outer(in_EFD),
+        _outer(out_EDI),
+        (strides(in_bias)[0], strides(out_bias)[0]),
+        architecture(x_MD.device),
+    )
+    run(made, tensors)
+    return y_MD
+
+
+def _outer(tensor: Tensor) -> tuple[int, int]:
+    first, second, _ = strides(tensor)
+    return first, second
 
 
 def grouped_product(rows_NA: Tensor, matrix_EBA: Tensor, end_E: Tensor) -> Tensor:

@@ -10,19 +10,13 @@ from wm_kernels.triton_configs import config
 from wm_kernels.triton_launch import Launch, Plan
 from wm_kernels.triton_support import blocks, dtype_name, power_of_two
 
-WIDEST = 1024  # sub-keys whose scores are held at once
-MANY_SLOTS = 128  # more pairs than this take tiles of the fewest tokens, or they do not fit in registers
+TILE = 2**14  # scores held at once: of four warps, 128 registers a thread
 KEY_BYTES = 2**17  # of sub-keys held at once, in shared memory
 
 
 def regime(M: int) -> str:
     """`few` tokens do not fill the machine with full tiles."""
     return "few" if M <= 512 else "many"
-
-
-def slots(k: int) -> int:
-    """Pairs of ranks that the kernel looks at: those that can win, and one more of every row."""
-    return sum(min(k // (row + 1) + 1, k) for row in range(k))
 
 
 @lru_cache(maxsize=1024)
@@ -37,13 +31,14 @@ def plan(
     query_strides: tuple[int, ...],
     keys_strides: tuple[int, ...],
     arch: str,
+    exact: bool = False,
     **override: Any,
 ) -> Plan:
     """One launch; tensors query_BTR2d, keys_RJ2d, weight_MRk, expert_MRk."""
-    values = override or config("product_key_topk", arch, dtype_name(dtype), regime(B * T), (("J", J), ("d", d), ("k", k)))
-    block_M = values["block_M"] if slots(k) <= MANY_SLOTS else 16
-    block_d = max(16, power_of_two(d))
-    block_J = min(WIDEST, power_of_two(J), KEY_BYTES // (block_d * dtype.itemsize))
+    chosen = "few" if exact else regime(B * T)
+    values = override or config("product_key_topk", arch, dtype_name(dtype), chosen, (("J", J), ("d", d), ("k", k)))
+    block_M, block_d = values["block_M"], max(16, power_of_two(d))
+    block_J = min(TILE // block_M, power_of_two(J), KEY_BYTES // (block_d * dtype.itemsize))
     constants = {
         "R": R,
         "d": d,
@@ -53,7 +48,6 @@ def plan(
         "BLOCK_d": block_d,
         "BLOCK_J": max(16, block_J),
         "K": power_of_two(k),
-        "SLOTS": power_of_two(slots(k)),
         "INTERPRETED": arch == "interpreter",
     }
     names = ("query_BTR2d", "keys_RJ2d", "weight_MRk", "expert_MRk")

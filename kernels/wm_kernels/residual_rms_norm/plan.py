@@ -13,11 +13,9 @@ from wm_kernels.triton_support import blocks, dtype_name, power_of_two
 WIDEST = 16384  # columns held at once; wider rows are read twice
 
 
-def regime(M: int, D: int) -> str:
-    """`few` rows leave multiprocessors without one each; rows of more than `WIDEST` columns are `wide`."""
-    if D > WIDEST:
-        return "wide"
-    return "few" if M <= 256 else "many"
+def regime(D: int) -> str:
+    """Rows of more than `WIDEST` columns are `wide`. The number of rows decides nothing: the bits of one do not depend on the others."""
+    return "wide" if D > WIDEST else "rows"
 
 
 @lru_cache(maxsize=1024)
@@ -25,7 +23,7 @@ def plan(
     M: int, D: int, dtype: torch.dtype, eps: float, has_scale: bool, x_stride: int, residual_stride: int, arch: str, **override: Any
 ) -> Plan:
     """One launch; tensors x_MD, residual_MD, scale_D (a stand-in without a scale), weight_D, normed_MD, sum_MD."""
-    values = override or config("residual_rms_norm", arch, dtype_name(dtype), regime(M, D), (("D", D),))
+    values = override or config("residual_rms_norm", arch, dtype_name(dtype), regime(D), (("D", D),))
     rows = values["rows"]
     constants = {"D": D, "EPS": eps, "HAS_SCALE": has_scale, "ROWS": rows, "BLOCK_D": min(power_of_two(D), WIDEST)}
     arguments = ("x_MD", "residual_MD", "scale_D", "weight_D", "normed_MD", "sum_MD", M, x_stride, residual_stride)

@@ -21,9 +21,9 @@ def regime(M: int, E: int) -> str:
 
 
 @lru_cache(maxsize=1024)
-def plan(M: int, E: int, k: int, dtype: torch.dtype, normalize: bool, stride: int, arch: str, **override: Any) -> Plan:
+def plan(M: int, E: int, k: int, dtype: torch.dtype, normalize: bool, stride: int, arch: str, exact: bool = False, **override: Any) -> Plan:
     """One launch; tensors logits_ME, weight_Mk, expert_Mk."""
-    values = override or config("router_topk", arch, dtype_name(dtype), regime(M, E), (("E", E), ("k", k)))
+    values = override or config("router_topk", arch, dtype_name(dtype), regime(1 if exact else M, E), (("E", E), ("k", k)))
     block_E = power_of_two(E)
     block_M = max(1, values["elements"] // block_E)
     constants = {"E": E, "k": k, "NORMALIZE": normalize, "BLOCK_M": block_M, "BLOCK_E": block_E, "K": power_of_two(k)}

@@ -20,7 +20,7 @@ def router_topk_kernel(
     inside = (m < M)[:, None] & (e < E)
     logits = tl.load(logits_ME + m_64 * stride + e, mask=inside, other=0).to(tl.float32)
     logits = tl.where(e < E, logits, float("-inf"))
-    best, expert = select(logits, tl.broadcast_to(e, (BLOCK_M, BLOCK_E)), tl.arange(0, K), k)
+    best, expert = select(logits, tl.broadcast_to(e, (BLOCK_M, BLOCK_E)), k, K)
     col = tl.arange(0, K)[None, :]
     top = tl.max(best, 1)[:, None]
     weight = tl.where(col < k, tl.exp2((best - top) * LOG2E), 0.0)

@@ -3,16 +3,20 @@
 import torch
 from torch import Tensor
 
+from wm_kernels.numerics import exact
 from wm_kernels.router_topk.plan import plan
 from wm_kernels.triton_launch import architecture, run, strides
 from wm_kernels.triton_support import inner_contiguous
 
 
 def router_topk_triton(logits_ME: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    """See `router_topk_reference`; float32, float16 or bfloat16, E up to `plan.WIDEST`. Rows that are not contiguous are copied first."""
+    """See `router_topk_reference`; float32, float16 or bfloat16. Rows that are not contiguous are copied first.
+
+    In exact mode a token's bits do not depend on the tokens beside it; otherwise several may share a tile, which adds up in another order.
+    """
     (M, E), logits_ME = logits_ME.shape, inner_contiguous(logits_ME)
     weight_Mk = torch.empty((M, k), dtype=logits_ME.dtype, device=logits_ME.device)
     expert_Mk = torch.empty((M, k), dtype=torch.int64, device=logits_ME.device)
-    made = plan(M, E, k, logits_ME.dtype, normalize, strides(logits_ME)[0], architecture(logits_ME.device))
+    made = plan(M, E, k, logits_ME.dtype, normalize, strides(logits_ME)[0], architecture(logits_ME.device), exact())
     run(made, {"logits_ME": logits_ME, "weight_Mk": weight_Mk, "expert_Mk": expert_Mk})
     return weight_Mk, expert_Mk

@@ -1,0 +1,184 @@
+"""What the number of tokens of a call may change: no bit of a token in exact mode, and few kernels are compiled over all numbers.
+
+B rows, T tokens, M = B*T, D and C channels, E experts, R retrieval heads, k picks
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+
+from triton_support import DEVICE, DTYPES, ON_CUDA, needs_triton, random  # first: it chooses the interpreter
+from wm_kernels.numerics import numerics
+
+pytestmark = needs_triton
+
+T, WIDTH = (1300, 256) if ON_CUDA else (7, 32)
+# Token after token, then pieces of other regimes: of few tokens, of many.
+CUTS = [0, 1, 2, 3, 4, 5, 11, 44, 560, 561, T] if ON_CUDA else [0, 1, 2, 5, T]
+PIECES = list(pairwise(CUTS))
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def exact_mode():
+    with numerics("exact"):
+        yield
+
+
+def same_bits_in_pieces(whole, call):
+    """`call(first, last)` on every piece gives the rows of `whole`."""
+    whole = whole if isinstance(whole, tuple) else (whole,)
+    for first, last in PIECES:
+        part = call(first, last)
+        for rows, expected in zip(part if isinstance(part, tuple) else (part,), whole, strict=True):
+            assert torch.equal(rows, expected[first:last]), f"tokens {first} to {last} of {T}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms(dtype):
+    from wm_kernels.gated_rms_norm.triton_op import gated_rms_norm_triton
+    from wm_kernels.residual_rms_norm.triton_op import residual_rms_norm_triton
+
+    g = generator()
+    x, z, weight = random(g, T, WIDTH, dtype=dtype), random(g, T, WIDTH, dtype=dtype), random(g, WIDTH, dtype=dtype)
+    same_bits_in_pieces(
+        residual_rms_norm_triton(x, z, weight, weight, 1e-6), lambda a, b: residual_rms_norm_triton(x[a:b], z[a:b], weight, weight, 1e-6)
+    )
+    same_bits_in_pieces(gated_rms_norm_triton(x, z, weight, 1e-6), lambda a, b: gated_rms_norm_triton(x[a:b], z[a:b], weight, 1e-6))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_convolution(dtype):
+    from wm_kernels.causal_conv1d.triton_op import causal_conv1d_triton
+
+    g = generator()
+    x, weight, bias = random(g, 2, T, WIDTH, dtype=dtype), random(g, WIDTH, 4, dtype=dtype), random(g, WIDTH, dtype=dtype)
+    state = random(g, 2, 3, WIDTH)
+    y, after = causal_conv1d_triton(x, weight, bias, state, None, "silu")
+    for first, last in PIECES:
+        part, state = causal_conv1d_triton(x[:, first:last], weight, bias, state, None, "silu")
+        assert torch.equal(part, y[:, first:last]), f"tokens {first} to {last} of {T}"
+    assert torch.equal(state, after)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_routers(dtype):
+    from wm_kernels.product_key_topk.triton_op import product_key_topk_triton
+    from wm_kernels.router_topk.triton_op import router_topk_triton
+
+    g, R, J, d, k = generator(), 2, 24, 16, 4
+    logits, query, keys = random(g, T, 40, dtype=dtype), random(g, 1, T, R, 2, d, dtype=dtype), random(g, R, J, 2, d, dtype=dtype)
+    for normalize in (False, True):
+        same_bits_in_pieces(router_topk_triton(logits, k, normalize), lambda a, b, n=normalize: router_topk_triton(logits[a:b], k, n))
+    whole = tuple(value[0] for value in product_key_topk_triton(query, keys, k))
+    same_bits_in_pieces(whole, lambda a, b: tuple(value[0] for value in product_key_topk_triton(query[:, a:b], keys, k)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mixtures(dtype):
+    from wm_kernels.expert_mix.triton_op import expert_mix_triton
+    from wm_kernels.moe_mix.triton_op import moe_mix_triton
+
+    g, E, R, k, I = generator(), 48, 2, 3, 24
+    x, weight = random(g, T, WIDTH, dtype=dtype), torch.softmax(random(g, T, R, k), -1).to(dtype)
+    expert = torch.randint(0, E, (T, R, k), generator=g).to(DEVICE)
+    down, up = random(g, E, WIDTH, dtype=dtype), random(g, E, WIDTH, dtype=dtype)
+
+    def mix(first, last):
+        given = x[None, first:last], expert[None, first:last], weight[None, first:last]
+        return expert_mix_triton(*given, down, up, "silu", False)[0]
+
+    same_bits_in_pieces(mix(0, T), mix)
+    matrices = random(g, E, 2 * I, WIDTH, dtype=dtype), None, random(g, E, WIDTH, I, dtype=dtype), None
+
+    def wide(first, last):
+        return moe_mix_triton(x[first:last], expert[first:last, 0], weight[first:last, 0], *matrices, "silu", True)
+
+    same_bits_in_pieces(wide(0, T), wide)
+
+
+# 64 numbers of tokens: all small ones, those around powers of two, primes, and some that nothing divides.
+NUMBERS = sorted({*range(1, 34), *(2**n + off for n in range(6, 16) for off in (-1, 0, 1)), 65521})
+BF16 = torch.bfloat16
+
+
+def residual_rms_norm(M):
+    from wm_kernels.residual_rms_norm.plan import plan
+
+    return plan(M, 2048, BF16, 1e-6, False, 2048 if M > 1 else 0, 2048 if M > 1 else 0, "sm_90")
+
+
+def gated_rms_norm(M):
+    from wm_kernels.gated_rms_norm.plan import plan
+
+    return plan(M, 2048, BF16, 1e-6, 2048 if M > 1 else 0, 2048 if M > 1 else 0, "sm_90")
+
+
+def causal_conv1d(T):
+    from wm_kernels.causal_conv1d.plan import plan
+
+    state = (3 * 4352, 4352)
+    return plan(2, T, 4352, 4, BF16, (True, True, False), True, (T * 4352, 4352 if T > 1 else 0), 4, state, state, "sm_90")
+
+
+def router_topk(M):
+    from wm_kernels.router_topk.plan import plan
+
+    return plan(M, 64, 8, BF16, False, 64 if M > 1 else 0, "sm_90")
+
+
+def product_key_topk(T):
+    from wm_kernels.product_key_topk.plan import plan
+
+    return plan(1, T, 4, 64, 128, 8, BF16, (0, 512 if T > 1 else 0, 64, 256), (128 * 128, 128, 64), "sm_90")
+
+
+def expert_mix(T, E=16384):
+    from wm_kernels.expert_mix.plan import plan, serves_products, spread_plan
+
+    if serves_products(T, 2048, E, 32, BF16):
+        return spread_plan(T, E, 32, BF16, "silu", False, "sm_90")
+    return plan(1, T, 2048, 32, BF16, "silu", False, (0, 2048 if T > 1 else 0), 2048, 2048, "sm_90")
+
+
+def expert_mix_of_few_experts(T):
+    return expert_mix(T, E=1024)
+
+
+def moe_mix(M):
+    from wm_kernels.moe_mix.plan import hidden_plan, picks_plan
+
+    if 2 * M > 16:
+        return hidden_plan(2 * M, 512, BF16, True, False, "silu", "sm_90")
+    x_stride = 2048 if M > 1 else 0
+    strides = (1024 * 2048, 2048), (2048 * 512, 512), (x_stride, x_stride)
+    return picks_plan(M, 2, 2048, 512, BF16, True, (False, False), "silu", x_stride, *strides, "sm_90")
+
+
+OPS: list[Callable] = [
+    residual_rms_norm, gated_rms_norm, causal_conv1d, router_topk, product_key_topk, expert_mix, expert_mix_of_few_experts, moe_mix
+]  # fmt: skip
+
+
+def specialisation(launch):
+    """What Triton compiles a kernel for: constants, options, and of every integer that is not exempt, whether 1 or divisible by 16."""
+    kernel = launch.kernel
+    exempt = kernel.kwargs["do_not_specialize"] if hasattr(kernel, "kwargs") else kernel.do_not_specialize
+    runtime = [name for name in kernel.arg_names if name not in launch.constants]
+    of = []
+    for name, value in zip(runtime, launch.arguments, strict=True):
+        if isinstance(value, int):
+            free = name in (exempt or ())
+            of.append((name, value > 2**31 - 1, not free and value == 1, not free and value % 16 == 0))
+    return kernel.fn.__name__, tuple(launch.constants.items()), tuple(launch.options.items()), tuple(of)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+def test_at_most_two_compilations_over_64_numbers_of_tokens(op):
+    assert len(NUMBERS) == 64
+    assert len({tuple(specialisation(launch) for launch in op(number).launches) for number in NUMBERS}) <= 2
