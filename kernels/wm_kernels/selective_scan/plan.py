@@ -60,26 +60,32 @@ def plan(
     values = override or config("selective_scan", arch, dtype_name(dtype), chosen, (("C", C), ("N", N)))
     block_C = min(values["block_C"], power_of_two(C))
     tile = {"BLOCK_C": block_C, "BLOCK_N": power_of_two(N)}
-    chunk = values["chunk"] or max(T, 1)
+    chunk = _chunk(T, B * blocks(C, block_C), values) if chosen == "chunks" else max(T, 1)
     K = max(1, blocks(T, chunk))
     step = chosen == "step"
     flags = {"HAS_VALID": given[0], "HAS_STATE": given[1]}
 
-    def part(name: str, before: str, after: str) -> Launch:
+    def part(name: str, before: str, after: str, chunks: int) -> Launch:
         names = ("x_BTC", "dt_BTC", "A_CN", "B_BTN", "C_BTN", "valid_B", before, "y_BTC", after, "total" if K > 1 else "A_CN")
-        constants: Mapping[str, Any] = {"C": C, "N": N, **flags, "PART": name, "STEP": step, **tile}
-        grid = (blocks(C, block_C), K, B)
+        constants: Mapping[str, Any] = {"C": C, "N": N, **flags, "PART": name, "STEP": step, "AHEAD": values["ahead"], **tile}
+        grid = (blocks(C, block_C), chunks, B)
         return Launch(selective_scan_kernel, grid, (*names, T, chunk, 1, *token_strides, *state_strides), constants, values["num_warps"], 1)
 
     if K == 1:
-        return Plan((part("whole", "before", "after"),))
+        return Plan((part("whole", "before", "after", 1),))
     carry = Launch(
         selective_scan_carry_kernel,
         (blocks(C, block_C), B),
-        ("A_CN", "before", "states", "total", "after", K, 1, token_strides[4], *state_strides),
+        ("A_CN", "before", "states", "total", K, 1, token_strides[4], *state_strides[:2]),
         {"C": C, "N": N, "HAS_STATE": given[1], **tile},
         values["num_warps"],
         1,
     )
     scratch = {"states": Scratch((B, K, N, C), torch.float32), "total": Scratch((B, K, C), torch.float32)}
-    return Plan((part("states", "states", "states"), carry, part("outputs", "states", "states")), scratch)
+    return Plan((part("states", "A_CN", "states", K - 1), carry, part("outputs", "states", "after", K)), scratch)
+
+
+def _chunk(T: int, programs: int, values: Mapping[str, int]) -> int:
+    """Tokens of a chunk: as many programs as configured, in all, but no chunk shorter than `least`; a multiple of what is read ahead."""
+    K = max(1, min(values["programs"] // programs, T // values["least"]))
+    return blocks(blocks(T, K), values["ahead"]) * values["ahead"]
