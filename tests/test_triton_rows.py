@@ -136,6 +136,16 @@ def test_selective_scan_with_exact_numerics_gives_the_same_bits_for_every_split(
             assert torch.equal(now, final)
 
 
+def test_selective_scan_has_no_grid_that_is_too_large_for_a_device():
+    from wm_kernels.selective_scan.plan import plan
+
+    for B, T in ((70_000, 1), (70_000, 100), (1, 10**7)):
+        made = plan(B, T, 16, 4, torch.float32, (True, True), (16,) * 4 + (4,) * 5, (64, 4, 64, 4), "sm_90")
+        for launch in made.launches:
+            assert launch.grid[0] < 2**31
+            assert all(size < 2**16 for size in launch.grid[1:])
+
+
 @pytest.mark.parametrize("steps", [0, 40])
 def test_selective_scan_at_the_ends_of_its_steps(steps):
     from wm_kernels.selective_scan.triton_op import selective_scan_triton

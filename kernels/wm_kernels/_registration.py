@@ -95,7 +95,7 @@ def register_kernel(op: CustomOpDef, device_type: str) -> Callable[[Kernel], Ker
         def implementation(*arguments: Any) -> Any:
             return kept_out()(*arguments) if "torch._dynamo" in sys.modules else function(*arguments)
 
-        torch.library.impl(op._qualname, device_type)(implementation)
+        op._lib.impl(op._name, implementation, device_type.upper())
         return function
 
     return register

@@ -68,14 +68,14 @@ def plan(
     def part(name: str, before: str, after: str, chunks: int) -> Launch:
         names = ("x_BTC", "dt_BTC", "A_CN", "B_BTN", "C_BTN", "valid_B", before, "y_BTC", after, "total" if K > 1 else "A_CN")
         constants: Mapping[str, Any] = {"C": C, "N": N, **flags, "PART": name, "STEP": step, "AHEAD": values["ahead"], **tile}
-        grid = (blocks(C, block_C), chunks, B)
+        grid = (B * blocks(C, block_C), chunks)
         return Launch(selective_scan_kernel, grid, (*names, T, chunk, 1, *token_strides, *state_strides), constants, values["num_warps"], 1)
 
     if K == 1:
         return Plan((part("whole", "before", "after", 1),))
     carry = Launch(
         selective_scan_carry_kernel,
-        (blocks(C, block_C), B),
+        (B * blocks(C, block_C),),
         ("A_CN", "before", "states", "total", K, 1, token_strides[4], *state_strides[:2]),
         {"C": C, "N": N, "HAS_STATE": given[1], **tile},
         values["num_warps"],

@@ -28,16 +28,16 @@ def selective_scan_kernel(
     C: tl.constexpr, N: tl.constexpr, HAS_VALID: tl.constexpr, HAS_STATE: tl.constexpr, PART: tl.constexpr,
     STEP: tl.constexpr, AHEAD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """CHUNK tokens of BLOCK_C channels.
+    """CHUNK tokens of BLOCK_C channels. Grid: B * tiles of C, chunks; the first axis alone has no limit of 65535.
 
     PART is "whole" where one chunk holds all tokens: from the state `before`, outputs and the state `after`. Otherwise it is "states", from
     zero, for all chunks but the last: `after` is then [B, K, N, C], whose entry k + 1 gets what chunk k contributes, and the sum of its
     steps is kept; and then "outputs", where `before` [B, K, N, C] holds the states at the chunks' beginnings.
     """
     one = 1 if STEP else ONE
-    b = tl.program_id(2).to(tl.int64)
+    b = (tl.program_id(0) // tl.cdiv(C, BLOCK_C)).to(tl.int64)
     chunk = tl.program_id(1)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = (tl.program_id(0) % tl.cdiv(C, BLOCK_C)) * BLOCK_C + tl.arange(0, BLOCK_C)
     n = tl.arange(0, BLOCK_N)
     in_C = c < C
     in_N = n < N
@@ -117,9 +117,12 @@ def selective_scan_carry_kernel(
     A_CN, before, states_BKNC, total_BKC, K, ONE, A_stride, before_stride_B, before_stride_C,
     C: tl.constexpr, N: tl.constexpr, HAS_STATE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Slot 0 becomes the initial state; in slot k, what chunk k - 1 contributes becomes the state at the beginning of chunk k."""
-    b = tl.program_id(1).to(tl.int64)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """Slot 0 becomes the initial state; in slot k, what chunk k - 1 contributes becomes the state at the beginning of chunk k.
+
+    Grid: B * tiles of C.
+    """
+    b = (tl.program_id(0) // tl.cdiv(C, BLOCK_C)).to(tl.int64)
+    c = (tl.program_id(0) % tl.cdiv(C, BLOCK_C)) * BLOCK_C + tl.arange(0, BLOCK_C)
     n = tl.arange(0, BLOCK_N)
     in_C = c < C
     inside = in_C[:, None] & (n < N)[None, :]
