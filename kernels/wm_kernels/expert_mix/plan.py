@@ -11,7 +11,7 @@ from wm_kernels.triton_launch import Launch, Plan, Scratch
 from wm_kernels.triton_support import blocks, dtype_name, power_of_two
 
 HIDDEN_BLOCK = 1024
-EXPERTS_PER_PICK = 32  # up to which products with all experts are faster than reading the picked rows
+EXPERTS_PER_PICK = 0  # up to which products with all experts are faster than reading the picked rows
 PRODUCT_TOKENS = 1024  # fewer do not fill the machine with products
 PRODUCT_BYTES = 2**25  # of products held at once, so that they stay in the L2 cache
 ALIGNMENT = 8  # entries: torch's products are slow on rows that are not a multiple of 16 bytes
