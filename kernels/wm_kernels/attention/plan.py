@@ -16,6 +16,7 @@ from wm_kernels.triton_first_call import compile_together
 from wm_kernels.triton_launch import Launch, Plan, Scratch, architecture, strides_of
 from wm_kernels.triton_support import blocks, dtype_name, power_of_two
 
+MOST_SHARES = 64  # a program joins all shares of a row in registers
 Strides = tuple[tuple[str, tuple[int, ...]], ...]
 Layout = tuple[tuple[str, torch.Size, tuple[int, ...]], ...]  # names, shapes and strides of tensors
 
@@ -160,7 +161,7 @@ def _shares(
 ) -> Plan:  # fmt: skip
     G, N = H // K, values["BLOCK_N"]
     R = _rows(G, values)
-    shares = shares_of(B * K, values["programs"], max(1, L // N))
+    shares = shares_of(B * K, values["programs"], min(MOST_SHARES, max(1, L // N)))
     dims = {"H": H, "K": K, "P": P, "BLOCK_P": block_of(P), "BLOCK_R": R}
     partial = Launch(
         kernels.attend_some_cells,
