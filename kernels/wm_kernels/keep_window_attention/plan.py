@@ -275,19 +275,30 @@ def _exact(call: Call, values: Mapping[str, Any]) -> Plan:
         min(32, max(values["choose_warps"], power_of_two(W) // 1024)),
         1,
     )
+    apart, spans = T == 1, blocks(W, values["SPAN"])
     constants = {
         "H": call.H, "K": K, "P": P, "BLOCK_P": block_of(P), "W": W, "BLOCK_R": block_of(call.H // K), "BLOCK_N": values["BLOCK_N"],
-        "CHUNK": CHUNK, "HAS_SLOTS": call.slots, "SCALE": P**-0.5,
+        "SPAN": values["SPAN"], "CHUNK": CHUNK, "HAS_SLOTS": call.slots, "SCALE": P**-0.5, "APART": apart,
     }  # fmt: skip
+    partial = ("acc", "tops") if apart else ("place", "place")
     attend = Launch(
         in_order.attend_in_slot_order,
-        (T, K, B),
-        ("q", "k", "v", "score", *tensors[:3], "place", "holder", "out", *strides["q"][:3], *token, *cache[:9], T, chunks),
+        (spans if apart else T, K, B),
+        ("q", "k", "v", "score", *tensors[:3], "place", "holder", *partial, "out", *strides["q"][:3], *token, *cache[:9], T, chunks),
         constants,
         values["num_warps"],
         values["num_stages"],
     )
     scratch = {"place": Scratch((B, K, T), torch.int32), "holder": Scratch((B, K, chunks + 1, W), torch.int32)}
+    if apart:
+        scratch |= {"acc": Scratch((B, call.H, spans, P), torch.float32), "tops": Scratch((B, call.H, spans, 2), torch.float32)}
+        join = Launch(
+            in_order.join_spans_and_take_slot,
+            (call.H, B),
+            ("k", "v", "score", *tensors, position, "place", "acc", "tops", "out", *(token[i] for i in (0, 2, 3, 5, 6, 8)), *cache),
+            {"H": call.H, "K": K, "P": P, "BLOCK_P": block_of(P), "SPANS": spans, "HAS_SLOTS": call.slots},
+        )
+        return Plan((choose, attend, join), scratch)
     if not call.slots:
         return Plan((choose, attend), scratch)
     take = Launch(
