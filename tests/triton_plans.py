@@ -91,9 +91,9 @@ def attention(dtype: torch.dtype, arch: str) -> Plans:
 
     B, H, K, P, L = 1, 16, 4, 128, 4096
     names = dict.fromkeys(("q", "k", "v", "out"), dtype) | {"score": F32, "position": I64}
-    for T, scoring, exact in product((1, 512), ("none", "additive"), (False, True)):
-        strides = {"q": (T * H * P, H * P, P, 1), "k": (K * L * P, P, L * P, 1), "v": (K * L * P, P, L * P, 1), "score": (K * L, L, 1)}
-        yield plan(B, T, H, K, K, P, L, scoring, True, dtype, arch, tuple(strides.items()), exact), names
+    for T, (A, scoring), exact in product((1, 512), ((K, "none"), (K, "additive"), (H, "additive")), (False, True)):
+        strides = {"q": (T * H * P, H * P, P, 1), "k": (K * L * P, P, L * P, 1), "v": (K * L * P, P, L * P, 1), "score": (A * L, L, 1)}
+        yield plan(B, T, H, K, A, P, L, scoring, True, dtype, arch, tuple(strides.items()), exact), names
 
 
 def keep_window_attention(dtype: torch.dtype, arch: str) -> Plans:
@@ -105,7 +105,7 @@ def keep_window_attention(dtype: torch.dtype, arch: str) -> Plans:
     names |= dict.fromkeys(("slot_position", "new_position", "position", "valid"), I64)
     slot = {name: (K * W * P, W * P, P, 1) for name in ("slot_k", "slot_v", "new_k", "new_v")}
     slot |= {name: (K * W, W, 1) for name in ("slot_score", "slot_position", "new_score", "new_position")}
-    for B, T, exact in ((1, 4096, False), (1, 1, False), (64, 1, False), (1, 4096, True)):
+    for B, T, exact in ((1, 4096, False), (1, 1, False), (64, 1, False), (1, 1, True), (1, 4096, True)):
         token = {"q": (T * H * P, H * P, P, 1), "k": (T * K * P, K * P, P, 1), "v": (T * K * P, K * P, P, 1), "score": (T * K, K, 1)}
         yield plan(Call(B, T, H, K, P, W, True, True, False, dtype, arch, tuple((token | slot).items()), exact)), names
 

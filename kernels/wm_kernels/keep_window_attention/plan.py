@@ -297,6 +297,7 @@ def _exact(call: Call, values: Mapping[str, Any]) -> Plan:
             (call.H, B),
             ("k", "v", "score", *tensors, position, "place", "acc", "tops", "out", *(token[i] for i in (0, 2, 3, 5, 6, 8)), *cache),
             {"H": call.H, "K": K, "P": P, "BLOCK_P": block_of(P), "SPANS": spans, "HAS_SLOTS": call.slots},
+            1,
         )
         return Plan((choose, attend, join), scratch)
     if not call.slots:
