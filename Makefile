@@ -14,7 +14,7 @@ PINS := pyproject.toml constraints.txt
 
 GPU_PYTHON ?= python3
 
-.PHONY: help demo test test-deep test-mutation test-gpu lint format types contract check bench clean
+.PHONY: help demo test test-deep test-mutation test-gpu test-gpu-memory lint format types contract check bench clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -33,6 +33,10 @@ test-deep: .venv/.test ## all kernels for three architectures, then the laws on 
 test-gpu: ## the tests on a GPU, with GPU_PYTHON: an environment with a CUDA build of torch, triton, and the test tools
 	@$(GPU_PYTHON) -c 'import torch; raise SystemExit(None if torch.cuda.is_available() else "make test-gpu: no CUDA device for this torch")'
 	@$(GPU_PYTHON) -m pytest tests/test_cuda.py tests/test_triton_*.py $(ARGS)
+
+test-gpu-memory: ## compute-sanitizer's memcheck and racecheck on small calls of every op, on a GPU
+	@compute-sanitizer --tool memcheck --error-exitcode 1 $(GPU_PYTHON) tests/sanitizer_calls.py
+	@compute-sanitizer --tool racecheck --error-exitcode 1 $(GPU_PYTHON) tests/sanitizer_calls.py
 
 test-mutation: .venv/.test ## mutants of references and model against their tests; some 20 minutes of CPU; resumable
 	@$(PIP) --no-deps cosmic-ray parso attrs

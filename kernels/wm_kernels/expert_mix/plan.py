@@ -11,8 +11,8 @@ from wm_kernels.triton_launch import Launch, Plan, Scratch
 from wm_kernels.triton_support import blocks, dtype_name, power_of_two
 
 HIDDEN_BLOCK = 1024
-EXPERTS_PER_PICK = 0  # up to which products with all experts are faster than reading the picked rows
-PRODUCT_TOKENS = 1024  # fewer do not fill the machine with products
+EXPERTS_PER_PICK, LEAST_PICKS = 32, 64  # with which products with all experts are faster than reading the picked rows
+PRODUCT_TOKENS = 1024  # no more of them do not fill the machine with products
 PRODUCT_BYTES = 2**25  # of products held at once, so that they stay in the L2 cache
 ALIGNMENT = 8  # entries: torch's products are slow on rows that are not a multiple of 16 bytes
 
@@ -25,7 +25,7 @@ def regime(M: int) -> str:
 def serves_products(M: int, D: int, E: int, Q: int, dtype: torch.dtype) -> bool:
     """Whether products with all experts serve: in bfloat16 alone, as float16 may not hold a hidden value that float32 does."""
     aligned = D % ALIGNMENT == 0 and E % ALIGNMENT == 0
-    return dtype == torch.bfloat16 and aligned and M >= PRODUCT_TOKENS and E <= EXPERTS_PER_PICK * Q
+    return dtype == torch.bfloat16 and aligned and M > PRODUCT_TOKENS and Q >= LEAST_PICKS and E <= EXPERTS_PER_PICK * Q
 
 
 def products_at_once(E: int) -> int:
@@ -88,9 +88,9 @@ def plan(
 
 @lru_cache(maxsize=1024)
 def spread_plan(M: int, E: int, Q: int, dtype: torch.dtype, activation: str, weight_inside: bool, arch: str, **override: Any) -> Plan:
-    """One launch, between the products; tensors inner_ME, expert_MQ, weight_MQ, hidden_ME, rest_ME."""
+    """One launch, between the products; tensors inner_ME, expert_MQ, weight_MQ, hidden_M2E."""
     values = override or config("expert_mix", arch, dtype_name(dtype), "products", (("E", E), ("Q", Q)))
     constants = {"E": E, "Q": Q, "ACTIVATION": activation, "WEIGHT_INSIDE": weight_inside}
-    constants |= {"BLOCK_Q": min(values["block_Q"], power_of_two(Q)), "BLOCK_E": min(values["block_E"], power_of_two(E))}
-    arguments = ("inner_ME", "expert_MQ", "weight_MQ", "hidden_ME", "rest_ME", M)
+    constants |= {"BLOCK_Q": min(values["block_Q"], power_of_two(Q)), "BLOCK_E": min(values["block_E"], power_of_two(2 * E))}
+    arguments = ("inner_ME", "expert_MQ", "weight_MQ", "hidden_M2E", M)
     return Plan((Launch(expert_spread_kernel, (M,), arguments, constants, values["num_warps"], 1),))

@@ -52,24 +52,25 @@ def picks_plan(
 ) -> Plan:
     """Two launches; tensors x_MD, expert_N, weight_N, in_EFD, in_bias_EF, out_EDI, out_bias_ED, y_MD. `biases` tells which are given."""
     values = override or config("moe_mix", arch, dtype_name(dtype), "picks", (("D", D), ("I", I), ("k", k)))
-    rows, columns, warps = values["rows"], values["columns"], values["num_warps"]
+    rows, columns_D, columns_I = values["rows"], min(values["columns"], power_of_two(D)), min(values["columns"], power_of_two(I))
+    # 16 bytes a thread: warps without rows of their own would do those of others again.
+    at_once = 32 * 16 // dtype.itemsize
+    warps_D, warps_I = (max(1, min(values["num_warps"], rows * columns // at_once)) for columns in (columns_D, columns_I))
     shared = {"D": D, "I": I, "k": k}
     hidden = Launch(
         moe_pick_hidden_kernel,
         (M * k, blocks(I, rows)),
         ("x_MD", "expert_N", "in_EFD", "in_bias_EF", "hidden", x_stride, *in_strides, bias_strides[0]),
-        shared
-        | {"GATED": gated, "HAS_BIAS": biases[0], "ACTIVATION": activation}
-        | {"BLOCK_I": rows, "BLOCK_D": min(columns, power_of_two(D))},
-        warps,
+        shared | {"GATED": gated, "HAS_BIAS": biases[0], "ACTIVATION": activation} | {"BLOCK_I": rows, "BLOCK_D": columns_D},
+        warps_D,
         values["num_stages"],
     )
     outer = Launch(
         moe_pick_outer_kernel,
         (M, blocks(D, rows)),
         ("hidden", "expert_N", "weight_N", "out_EDI", "out_bias_ED", "y_MD", *out_strides, bias_strides[1]),
-        shared | {"HAS_BIAS": biases[1], "BLOCK_I": min(columns, power_of_two(I)), "BLOCK_D": rows},
-        warps,
+        shared | {"HAS_BIAS": biases[1], "BLOCK_I": columns_I, "BLOCK_D": rows},
+        warps_I,
         values["num_stages"],
     )
     return Plan((hidden, outer), {"hidden": Scratch((M * k, I), torch.float32)})

@@ -9,7 +9,7 @@ from torch import Tensor
 from wm_kernels._registration import acc_dtype, check_dtype, check_shapes, check_that, register_reference_autograd
 from wm_kernels.triton_support import served
 
-MOST_PICKS = 64  # of the CUDA kernel, which holds all pairs of sub-keys that can win in registers; more are the reference's
+MOST_PICKS = 64  # of the CUDA kernel, which keeps the best of every half in registers; more are the reference's
 
 
 def ordered_topk(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
