@@ -3,13 +3,15 @@
 import os
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from wm_kernels.triton_launch import Launch, _launch_on_cuda
+from wm_kernels.triton_launch import Launch, Plan, _run_on_cuda, compile_together
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,7 +50,7 @@ def test_second_launch_takes_what_the_first_compiled():
     kernel = Kernel()
     one, tensors = launch(kernel), {"x": torch.zeros(8), "y": torch.zeros(8)}
     for _ in range(3):
-        _launch_on_cuda(one, tensors, 0)
+        _run_on_cuda(Plan((one,)), tensors, 0)
     options = {"num_warps": 2, "num_stages": 2, "maxnreg": None}
     assert kernel.looked_at == [((3, 2), (tensors["x"], 7, tensors["y"]), {"EVEN": True, "BLOCK": 64, **options})]
     pointers = (tensors["x"].data_ptr(), 7, tensors["y"].data_ptr(), 64, True)
@@ -60,8 +62,8 @@ def test_launch_that_triton_would_compile_anew_goes_through_triton(what):
     kernel = Kernel()
     one, tensors = launch(kernel), {"x": torch.zeros(8), "y": torch.zeros(8)}
     others = {"alignment": tensors | {"y": torch.zeros(9)[1:]}, "dtype": tensors | {"y": torch.zeros(8, dtype=torch.float16)}}
-    _launch_on_cuda(one, tensors, 0)
-    _launch_on_cuda(one, others.get(what, tensors), int(what == "device"))
+    _run_on_cuda(Plan((one,)), tensors, 0)
+    _run_on_cuda(Plan((one,)), others.get(what, tensors), int(what == "device"))
     assert len(kernel.looked_at) == 2
     assert not kernel.launched
 
@@ -69,8 +71,23 @@ def test_launch_that_triton_would_compile_anew_goes_through_triton(what):
 def test_empty_grid_launches_nothing():
     kernel = Kernel()
     for _ in range(2):
-        _launch_on_cuda(launch(kernel, (0, 2)), {"x": torch.zeros(8), "y": torch.zeros(8)}, 0)
+        _run_on_cuda(Plan((launch(kernel, (0, 2)),)), {"x": torch.zeros(8), "y": torch.zeros(8)}, 0)
     assert not kernel.looked_at
+
+
+def test_new_kernels_of_a_plan_are_compiled_side_by_side_and_once(monkeypatch):
+    started, both = [], threading.Barrier(2, timeout=30)
+
+    def compile_one(launch, dtypes, device):
+        started.append((launch.num_warps, dtypes["x"], device))
+        both.wait()  # breaks unless two are under way
+
+    monkeypatch.setattr("wm_kernels.triton_launch._compile", compile_one)
+    kernel, tensors = Kernel(), {"x": torch.zeros(8), "y": torch.zeros(8)}
+    plan = Plan((launch(kernel), replace(launch(kernel), num_warps=8), replace(launch(kernel), num_warps=8)))
+    for _ in range(2):
+        compile_together(plan, tensors, 0)
+    assert sorted(started, key=str) == sorted([(2, torch.float32, 0), (8, torch.float32, 0)], key=str)
 
 
 LENGTHS = """

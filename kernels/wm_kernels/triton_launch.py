@@ -5,6 +5,7 @@ named in a plan, so that one that is computed for a call can as well be compiled
 """
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from types import MappingProxyType
@@ -90,12 +91,10 @@ def run(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
         for launch in plan.launches:
             _launch(launch, named)
     elif device.index == torch.cuda.current_device():
-        for launch in plan.launches:
-            _launch_on_cuda(launch, named, device.index)
+        _run_on_cuda(plan, named, device.index)
     else:
         with torch.cuda.device(device):
-            for launch in plan.launches:
-                _launch_on_cuda(launch, named, device.index)
+            _run_on_cuda(plan, named, device.index)
 
 
 def _launch(launch: Launch, named: Mapping[str, Tensor]) -> Any:
@@ -105,20 +104,52 @@ def _launch(launch: Launch, named: Mapping[str, Tensor]) -> Any:
     return launch.kernel[launch.grid](*arguments, **launch.constants, **launch.options)
 
 
-def _launch_on_cuda(launch: Launch, named: Mapping[str, Tensor], device: int) -> None:
+def _run_on_cuda(plan: Plan, named: Mapping[str, Tensor], device: int) -> None:
     """Launch what Triton compiled before, where it would take the same: its own look at every argument costs more than a short kernel."""
-    tensors = [named[value] for value in launch.arguments if isinstance(value, str)]
-    pointers = [tensor.data_ptr() for tensor in tensors]
-    key = (device, *[tensor.dtype for tensor in tensors], *[pointer % 16 == 0 for pointer in pointers])
-    compiled = launch.compiled.get(key)
-    if compiled is None:
-        compiled = _launch(launch, named)
-        if compiled is not None:
-            launch.compiled[key] = compiled
-        return
-    given = iter(pointers)
-    arguments = [next(given) if isinstance(value, str) else value for value in launch.arguments]
-    compiled[launch.blocks](*arguments, *launch.ordered_constants)
+    for launch in plan.launches:
+        tensors = [named[value] for value in launch.arguments if isinstance(value, str)]
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        key = (device, *[tensor.dtype for tensor in tensors], *[pointer % 16 == 0 for pointer in pointers])
+        compiled = launch.compiled.get(key)
+        if compiled is None:
+            compile_together(plan, named, device)
+            compiled = _launch(launch, named)
+            if compiled is not None:
+                launch.compiled[key] = compiled
+            continue
+        given = iter(pointers)
+        arguments = [next(given) if isinstance(value, str) else value for value in launch.arguments]
+        compiled[launch.blocks](*arguments, *launch.ordered_constants)
+
+
+_met: set[tuple[Any, ...]] = set()
+
+
+def compile_together(plan: Plan, named: Mapping[str, Tensor], device: int) -> None:
+    """Compile the launches whose like this device has not had, in a thread each: a first call waits for the slowest, not for all in turn.
+
+    What is compiled is found again by the launch. Threads do: passes, ptxas and the C compiler all run without the interpreter's lock.
+    """
+    dtypes = {name: tensor.dtype for name, tensor in named.items()}
+    new = {_kind(launch, dtypes, device): launch for launch in plan.launches if 0 not in launch.grid}
+    new = {kind: launch for kind, launch in new.items() if kind not in _met}
+    if len(new) > 1:
+        with ThreadPoolExecutor(len(new)) as threads:
+            for done in [threads.submit(_compile, launch, dtypes, device) for launch in new.values()]:
+                done.result()
+    _met.update(new)
+
+
+def _kind(launch: Launch, dtypes: Mapping[str, torch.dtype], device: int) -> tuple[Any, ...]:
+    pointers = (dtypes[value] for value in launch.arguments if isinstance(value, str))
+    return (device, launch.kernel, *launch.constants.items(), *launch.options.values(), *pointers)
+
+
+def _compile(launch: Launch, dtypes: Mapping[str, torch.dtype], device: int) -> None:
+    with torch.cuda.device(device):  # a thread starts on the first one
+        arguments = [dtypes[value] if isinstance(value, str) else value for value in launch.arguments]
+        made = launch.kernel.warmup(*arguments, grid=launch.grid, **launch.constants, **launch.options)
+        _ = made.run  # builds what calls the kernel, and loads it
 
 
 @cache

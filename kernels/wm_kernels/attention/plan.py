@@ -12,7 +12,6 @@ import torch
 from wm_kernels.attention import triton_exact as in_chunks
 from wm_kernels.attention import triton_kernel as kernels
 from wm_kernels.triton_configs import config
-from wm_kernels.triton_first_call import compile_together
 from wm_kernels.triton_launch import Launch, Plan, Scratch, architecture, strides_of
 from wm_kernels.triton_support import blocks, dtype_name, power_of_two
 
@@ -78,7 +77,7 @@ def plan(
 
 @lru_cache(maxsize=1024)
 def planned(layout: Layout, scoring: str, exact: bool, dtype: torch.dtype, device: torch.device) -> Plan:
-    """The plan of a call by its tensors' layout, k_BKLP and v_BKLP, compiled: a step looks up what one before it has made."""
+    """The plan of a call by its tensors' layout, k_BKLP and v_BKLP: a step looks up what one before it has made."""
     shapes = {name: shape for name, shape, _ in layout}
     outer = {name: strides_of(shape, stride) for name, shape, stride in layout}
     for name in "kv":
@@ -86,10 +85,7 @@ def planned(layout: Layout, scoring: str, exact: bool, dtype: torch.dtype, devic
         outer[name] = (b, cell, k, p)  # as tokens have them
     (B, T, H, P), (K, L) = shapes["q"], shapes["k"][1:3]
     A = shapes["score"][1] if "score" in shapes else 1
-    made = plan(B, T, H, K, A, P, L, scoring, "position" in shapes, dtype, architecture(device), tuple(outer.items()), exact)
-    known = {**dict.fromkeys(("q", "k", "v", "out"), dtype), "score": torch.float32, "position": torch.int64}
-    compile_together(made, known, device)
-    return made
+    return plan(B, T, H, K, A, P, L, scoring, "position" in shapes, dtype, architecture(device), tuple(outer.items()), exact)
 
 
 def _outer(strides: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:

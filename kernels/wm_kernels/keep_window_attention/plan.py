@@ -16,19 +16,11 @@ from wm_kernels.keep_window_attention import triton_exact as in_order
 from wm_kernels.keep_window_attention import triton_kernel as kernels
 from wm_kernels.keep_window_attention import triton_select as select
 from wm_kernels.triton_configs import config
-from wm_kernels.triton_first_call import compile_together
 from wm_kernels.triton_launch import Launch, Plan, Scratch, architecture, strides_of
 from wm_kernels.triton_support import blocks, dtype_name, power_of_two
 
 SLOTS = ("slot_k", "slot_v", "slot_score", "slot_position")
 NEW_SLOTS = ("new_k", "new_v", "new_score", "new_position")
-
-
-def dtypes(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Of the tensors that a plan may name, for queries of this dtype."""
-    same = dict.fromkeys(("q", "k", "v", "slot_k", "slot_v", "new_k", "new_v", "out"), dtype)
-    scores = dict.fromkeys(("score", "slot_score", "new_score"), torch.float32)
-    return {**same, **scores, **dict.fromkeys(("slot_position", "new_position", "position", "valid"), torch.int64)}
 
 
 @dataclass(frozen=True)
@@ -93,15 +85,13 @@ def plan(call: Call) -> Plan:
 
 @lru_cache(maxsize=1024)
 def planned(layout: Layout, window: int, in_place: bool, exact: bool, dtype: torch.dtype, device: torch.device) -> Plan:
-    """The plan of a call by its tensors' layout, compiled: a step looks up what one before it has made."""
+    """The plan of a call by its tensors' layout: a step looks up what one before it has made."""
     shapes = {name: shape for name, shape, _ in layout}
     (B, T, H, P), K = shapes["q"], shapes["k"][2]
     W = shapes["slot_k"][2] if "slot_k" in shapes else window
     outer = tuple((name, strides_of(shape, stride)) for name, shape, stride in layout)
     given = "slot_k" in shapes, "valid" in shapes
-    made = plan(Call(B, T, H, K, P, W, *given, in_place, dtype, architecture(device), outer, exact))
-    compile_together(made, dtypes(dtype), device)
-    return made
+    return plan(Call(B, T, H, K, P, W, *given, in_place, dtype, architecture(device), outer, exact))
 
 
 def _causal(call: Call) -> Plan:
