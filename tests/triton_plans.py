@@ -101,7 +101,7 @@ def expert_mix() -> Plans:
     for regime, T in (("few", 2), ("many", 4096)):
         for values in rows("expert_mix", regime):
             yield plan(4, T, 2048, 32, BF16, "silu", False, (T * 2048, 2048), 2048, 2048, "sm_90", **values), names
-    names = {"inner_ME": F32, "expert_MQ": I64, "weight_MQ": BF16, "hidden_M2E": BF16}
+    names = {"inner_ME": F32, "expert_MQ": I64, "weight_MQ": BF16, "hidden_ME": BF16, "rest_ME": BF16}
     for values in rows("expert_mix", "products"):
         yield spread_plan(8192, 1024, 64, BF16, "silu", False, "sm_90", **values), names
 
