@@ -25,7 +25,9 @@ demo: .venv/.demo ## make, export, check and run cheems-demo in every runtime; l
 test: .venv/.test ## run the tests
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
-test-deep: .venv/.test ## the laws on 30,000 examples, other ones each round; resumable: stop it and call it again
+test-deep: .venv/.test ## all kernels for three architectures, then the laws on 30,000 examples; resumable: stop it and call it again
+	@mkdir -p build
+	@$(BIN)/python tests/triton_plans.py > build/triton_plans.jsonl
 	@$(BIN)/python tests/deep.py $(ARGS)
 
 test-gpu: ## the tests on a GPU, with GPU_PYTHON: an environment with a CUDA build of torch, triton, and the test tools

@@ -96,6 +96,56 @@ SURVIVORS: dict[tuple[str, str, str], str] = {
         "GATHERED_ELEMENTS = 2%21  # entries of one table gathered at a time: 8 MB in float32, about a core's share of cache",
     ): "tokens are taken one by one: slower, and the same sums",
     (
+        f"{_K}/attention_rope/definition.py",
+        "if cache_k_BKSP is None or cache_v_BKSP is None or position_B is None:",
+        "if cache_k_BKSP is None or cache_v_BKSP is None and position_B is None:",
+    ): _ALL_OR_NONE,
+    (
+        f"{_K}/expert_mix/definition.py",
+        "GATHERED_ELEMENTS = 2**21  # entries of one table gathered at a time: 8 MB in float32, about a core's share of cache",
+        "GATHERED_ELEMENTS = 2*21  # entries of one table gathered at a time: 8 MB in float32, about a core's share of cache",
+    ): "tokens are taken one by one: slower, and the same sums",
+    (
+        f"{_K}/keep_window_attention/slots.py",
+        "MASK_ELEMENTS = 2**23  # entries of one mask held at a time",
+        "MASK_ELEMENTS = 2-23  # entries of one mask held at a time",
+    ): "queries are taken one by one: slower, and the same sums",
+    (
+        f"{_K}/scored_attention/definition.py",
+        "if cache_k_BKSP is None or cache_v_BKSP is None or cache_score_BAS is None or position_B is None:",
+        "if cache_k_BKSP is None or cache_v_BKSP is None or cache_score_BAS is None and position_B is None:",
+    ): _ALL_OR_NONE,
+    (
+        "wm_graph/attentions.py",
+        'rank_BTA = None if context.taps is None else context.taps.rank(scope, "scored_attention", arguments[3])',
+        'rank_BTA = None if context.taps is None else context.taps.rank(scope, "scored_attention", arguments[ 4])',
+    ): "without a dtype to go by, the told scores stay as they are, and they are only compared with each other",
+    (
+        "wm_graph/blocks.py",
+        "if params.feed_forward is None or params.feed_forward_norm is None:",
+        "if params.feed_forward is None and params.feed_forward_norm is None:",
+    ): "a layer has both or none",
+    (
+        "wm_graph/blocks.py",
+        "return F.embedding((select_BS + row_B.unsqueeze(-1)).reshape(-1), x_MD)",
+        "return F.embedding((select_BS + row_B.unsqueeze(1)).reshape(-1), x_MD)",
+    ): "row_B has one dimension: a new second one is the last",
+    (
+        "wm_graph/feed_forwards.py",
+        "if params.shared_in is None or params.shared_out is None or params.shared_gate is None:",
+        "if params.shared_in is None or params.shared_out is None and params.shared_gate is None:",
+    ): "a layer has all three or none: its form says which, and `params_from_flat` refuses others",
+    (
+        "wm_graph/params.py",
+        'return name.rsplit(".", 1)[-1] in ("A_log", "A")',
+        'return name.rsplit(".", 2)[-1] in ("A_log", "A")',
+    ): "the last part is the same, however many come off",
+    (
+        "wm_graph/params.py",
+        'tensors = {name: draw(name.rsplit(".", 1)[-1], shape, generator) for name, shape in parameter_shapes(cfg).items()}',
+        'tensors = {name: draw(name.rsplit(".", 2)[-1], shape, generator) for name, shape in parameter_shapes(cfg).items()}',
+    ): "the last part is the same, however many come off",
+    (
         f"{_K}/keep_window_attention/definition.py",
         "if slot_k_BKWP is None or slot_v_BKWP is None or slot_score_BKW is None or slot_position_BKW is None:",
         "if slot_k_BKWP is None or slot_v_BKWP is None or slot_score_BKW is None and slot_position_BKW is None:",

@@ -295,3 +295,10 @@ def test_compile_makes_at_most_two_graphs(name: str) -> None:
             for leaf, value in leaves(new).items():
                 assert torch.equal(value, leaves(state)[leaf]), (length, leaf)
     assert counter.frame_count <= 2
+
+
+def test_positions_end_with_the_static_mask_of_a_layer_and_with_exact_angles_otherwise():
+    for cfg in (*OPTIONS.values(), FAMILIES["cheems-2407-tiny"]):
+        masked = cfg.ifa_mask != "none" and "inner_function_attention" in {mixer for mixer, _ in cfg.layers}
+        assert cfg.max_position == (300 if masked else 2**24), cfg
+    assert any(cfg.max_position == 300 for cfg in OPTIONS.values())

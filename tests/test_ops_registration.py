@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import wm_kernels as wm
 from wm_kernels.attention import attention_reference
@@ -145,6 +147,12 @@ def requiring_grad(call):
 def test_fake_kernel_and_autograd_agree_with_the_plain_op(name):
     op, call = plain_calls()[name]
     torch.library.opcheck(op, requiring_grad(call))
+
+
+def test_fake_keep_window_attention_makes_no_slots_where_none_are_given():
+    with FakeTensorMode():
+        fake = wm.keep_window_attention(*keep_call(T, False, False))
+    assert [value.shape for value in fake] == [value.shape for value in wm.keep_window_attention(*keep_call(T, False, False))]
 
 
 def test_fake_kernel_agrees_with_rope_angles():
@@ -378,8 +386,6 @@ def test_wrong_arguments_are_refused_in_one_line(name, fake):
 
 
 def _on_meta(call):
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     with torch.device("cpu"), FakeTensorMode():
         call()
 
@@ -435,3 +441,45 @@ def test_ops_export_with_dynamic_sizes_and_no_guards():
 def test_importing_the_package_needs_torch_alone():
     code = "import sys, wm_kernels; sys.exit(any(name in sys.modules for name in ('onnx', 'onnxscript', 'triton', 'wm_graph')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+PLAIN = """
+import sys
+import torch
+from wm_kernels._registration import register_kernel
+
+@torch.library.custom_op("plain::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    raise NotImplementedError
+
+@twice.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+seen = []
+
+@register_kernel(twice, "cpu")
+def _(x):
+    seen.append(torch.compiler.is_compiling())
+    return 2 * x
+
+x = torch.ones(3)
+assert torch.equal(twice(x), 2 * x)
+assert "torch._dynamo" not in sys.modules
+
+@torch.compile(backend="eager")
+def around(x):
+    torch._dynamo.graph_break()
+    return twice(x) + 1
+
+import torch._dynamo
+assert torch.equal(around(x), 2 * x + 1)
+assert torch.equal(twice(x), 2 * x)
+assert seen == [False] * 3, seen
+"""
+
+
+def test_first_call_of_a_plain_kernel_imports_no_compiler_and_later_ones_are_kept_from_it():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", PLAIN], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -8,8 +8,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from helpers import FAMILIES, MODELS, OPTIONS, lively_params
 from oracle_grid import GRID
 from wm_graph import init_params
+from wm_graph.errors import CheckpointError
 from wm_graph.oracle import _moved
-from wm_graph.params import cast_params, named_tensors
+from wm_graph.params import cast_params, named_tensors, params_from_flat
 
 BIASED = ("attention, attention_bias True", "mamba, conv_bias True")
 ALL = MODELS | FAMILIES | OPTIONS | {name: cfg for name, cfg in GRID.items() if name.startswith(BIASED)}
@@ -59,6 +60,15 @@ def test_parameters_are_a_pytree_of_their_tensors(name: str) -> None:
     assert type(doubled) is type(params)
     for (path, value), (_, twice) in zip(named_tensors(params), named_tensors(doubled), strict=True):
         assert torch.equal(2 * value, twice), path
+
+
+@pytest.mark.parametrize("path", ["embedding", "layers.0.mixer_norm", "layers.1.feed_forward.keys"])
+def test_a_tensor_of_another_shape_is_refused_by_name(path: str) -> None:
+    cfg = MODELS["window"]
+    tensors = dict(named_tensors(init_params(cfg)))
+    tensors[path] = tensors[path].unsqueeze(0)
+    with pytest.raises(CheckpointError, match=rf"tensor '{path}' has shape \[1, .*\], configuration '{cfg.name}' expects \["):
+        params_from_flat(cfg, tensors)
 
 
 def test_noise_moves_each_number_by_its_share_and_what_is_always_float32_by_a_float32_rounding() -> None:

@@ -4,6 +4,7 @@ B rows, T tokens, S keys, A score heads, R choices side by side, E experts, k pi
 """
 
 import shutil
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from helpers import COMPILED_FAMILIES, DTYPES, FAMILIES, OPTIONS, lively_params,
 from wm_export import export_bundle
 from wm_graph import forward, save_checkpoint
 from wm_graph.taps import Taps
+from wm_graph.tolerances import score_budget
 from wm_runtimes import open_bundle
 from wm_runtimes.check import check_bundle
 from wm_runtimes.choice_names import choice_names, op_of, selecting_calls
@@ -53,6 +55,9 @@ def test_an_oracle_makes_the_choices_it_is_told_and_its_own_change_nothing(name:
     followed, verdict = oracle.follow(draws, own, wrong)
     assert not verdict.passed
     assert np.abs(followed - own.logits_BTV).max() > 1e-3
+    for op in {op_of(name) for name in names}:
+        one = oracle.run(draws, {name: value for name, value in wrong.items() if op_of(name) == op})
+        assert np.abs(one.logits_BTV - own.logits_BTV).max() > 1e-4, op
     again = oracle.run(draws, wrong)
     for name in names:
         if name.endswith(".expert"):
@@ -77,6 +82,17 @@ def test_half_precision_chooses_otherwise_and_is_followed(made) -> None:
     (row,) = measure_parity(open_bundle(bundle), ["eager"], draws=16, longest_prompt=70, decode_steps=3).rows
     assert row.passed, row
     assert 0 < row.choice_rate < row.choice_rate_limit
+
+
+@pytest.mark.parametrize("share", [1.0, 1 / 256])
+def test_score_budget_is_as_wide_as_the_oracles_own_choices_move_with_its_weights(made, monkeypatch, share: float) -> None:
+    _, bundle = made(FAMILIES["cheems-2407-tiny"], "fp16")
+    table = score_budget("product_key_topk", "float16")
+    monkeypatch.setattr("wm_runtimes.parity.score_budget", lambda op, dtype: replace(table, ulps=share * table.ulps))
+    (row,) = measure_parity(open_bundle(bundle), ["eager"], draws=16, longest_prompt=70, decode_steps=3).rows
+    assert row.passed, row
+    assert (row.choice_excess > 1) is (share < 1)
+    assert (row.choice_excess_limit > 1) is (share < 1)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch warns about itself

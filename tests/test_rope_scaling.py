@@ -154,6 +154,15 @@ def test_malformed_call_is_refused(changes, message):
         wm.rope_angles(torch.zeros((2, 1), dtype=torch.int64), 4, 1e4, **call)
 
 
+@pytest.mark.parametrize("scaling", ["linear", "dynamic"])
+def test_bounds_of_frequencies_are_nothing_to_other_scalings(scaling):
+    length_B = torch.ones(2, dtype=torch.int64) if scaling == "dynamic" else None
+    call = {"scaling": scaling, **NUMBERS, "length_B": length_B}
+    position_BT = torch.arange(6).view(2, 3)
+    for given, expected in zip(*(wm.rope_angles(position_BT, 4, 1e4, **call | {"low": low}) for low in (4.0, 1.0)), strict=True):
+        assert torch.equal(given, expected)
+
+
 @pytest.mark.parametrize("flavour", ["portable", "ort"])
 def test_nodes_of_two_scalings_in_one_model_have_a_body_each(flavour):
     cases = [rope_angles_case(2, 3), rope_angles_case(2, 3, scaling="linear", factor=2.0)]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from triton_support import DEVICE, DTYPES, ON_CUDA, check, needs_triton, random, scattered, wide  # first: it chooses the interpreter
+from wm_kernels import numerics
 from wm_kernels.attention.definition import attention_reference
 from wm_kernels.keep_window_attention.definition import keep_window_attention_reference
 from wm_kernels.scored_attention.definition import scored_attention_reference
@@ -62,6 +63,11 @@ def keep(*args, **kwargs):
     from wm_kernels.keep_window_attention.triton_op import keep_window_attention_triton
 
     return keep_window_attention_triton(*args, **kwargs)
+
+
+def exactly(call, *args, **kwargs):
+    with numerics("exact"):
+        return call(*args, **kwargs)
 
 
 def compare(dtype, call, state, position, valid, W):
@@ -143,6 +149,89 @@ def test_keep_window_attention_in_pieces_is_that_of_the_whole():
     assert_same_slots(leaves, after)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("T", "H", "K", "P", "W", "used", "ties"),
+    [(11, 4, 2, 16, 7, 3, True), (7, 3, 1, 12, 40, 0, False), *([(900, 16, 4, 128, 256, 100, False)] if ON_CUDA else [])],
+)
+def test_exact_keep_window_attention_has_the_same_bits_for_every_split(dtype, T, H, K, P, W, used, ties):
+    g, B = seeded(T), 2 if ON_CUDA else 1
+    call = tokens(g, B, T, H, K, P, dtype, ties)
+    state, position = slots(g, B, K, W, P, used, dtype, ties)
+    whole, after = exactly(keep, *call, state, position, None, W)
+    expected = keep_window_attention_reference(*wide(call), *wide(state), position, None, W)
+    check(OP, dtype, whole, expected[0])
+    assert_same_slots(after, expected[1:])
+    for sizes in ([1] * T, [T // 2, 1, T - T // 2 - 1]):
+        leaves, outs, seen = [scattered(leaf.clone(), seed) for seed, leaf in enumerate(state)], [], 0
+        for part in zip(*(x.split(sizes, 1) for x in call), strict=True):
+            outs.append(exactly(keep, *part, tuple(leaves), position + seen, None, W, in_place=True)[0])
+            seen += part[0].shape[1]
+        assert torch.equal(torch.cat(outs, 1), whole)
+        assert all(torch.equal(leaf, end) for leaf, end in zip(leaves, after, strict=True))  # in the same slots, too
+    if used == 0:
+        assert torch.equal(exactly(keep, *call, None, None, None, W)[0], whole)
+
+
+def test_exact_keep_window_attention_leaves_out_tokens_that_do_not_count():
+    g, T, W, valid = seeded(5), 8, 6, torch.tensor([0, 5, 8], device=DEVICE)
+    call = tokens(g, 3, T, 4, 2, 16)
+    state, position = slots(g, 3, 2, W, 16, 4)
+    out, after = exactly(keep, *call, state, position, valid, W)
+    expected = keep_window_attention_reference(*wide(call), *wide(state), position, valid, W)
+    counts = torch.arange(T, device=DEVICE) < valid.unsqueeze(1)
+    assert out.isfinite().all()
+    check(OP, torch.float32, out[counts], expected[0][counts])
+    assert_same_slots(after, expected[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scoring", ["none", "additive", "binary"])
+def test_exact_attention_over_cells_has_the_same_bits_for_every_split(dtype, scoring):
+    from wm_kernels.attention.triton_op import attend_triton
+
+    g, (B, T, H, K, P, S) = seeded(), (2, 300, 8, 2, 64, 2500) if ON_CUDA else (1, 9, 4, 2, 16, 75)
+    q, score = random(g, B, T, H, P, dtype=dtype), random(g, B, H, S) + 0.8
+    cells = random(g, B, K, S, P, dtype=dtype), random(g, B, K, S, P, dtype=dtype)
+    position = torch.tensor([3, S - T] if ON_CUDA else [58], device=DEVICE)  # across a chunk's end
+
+    def attend(start, end):
+        return exactly(attend_triton, q[:, start:end], *cells, position + start, None if scoring == "none" else score, scoring)
+
+    whole = attend(0, T)
+    assert torch.equal(torch.cat([attend(t, t + 1) for t in range(T)], 1), whole)
+    assert torch.equal(torch.cat([attend(0, 4), attend(4, T)], 1), whole)
+    check("scored_attention", dtype, whole, attend_triton(q, *cells, position, None if scoring == "none" else score, scoring).double())
+
+
+@pytest.mark.skipif(not ON_CUDA, reason="no CUDA device on this machine")
+@pytest.mark.parametrize("op", ["attention", "additive", "binary", "ratio", "keep_window_attention"])
+def test_exact_ops_on_cuda_have_the_same_bits_for_every_split(op):
+    g, (B, T, H, K, P, S, dtype) = seeded(), (2, 90, 8, 2, 64, 128, torch.bfloat16)
+    q, k, v, score = tokens(g, B, T, H, K, P, dtype)
+    position = torch.tensor([0, 20], device=DEVICE)
+    caches = [random(g, B, K, S, P, dtype=dtype), random(g, B, K, S, P, dtype=dtype), random(g, B, K, S)]
+    state, _ = slots(g, B, K, 33, P, 10, dtype)
+
+    def split(sizes):
+        leaves, outs, seen = [leaf.clone() for leaf in (state if op == "keep_window_attention" else caches)], [], 0
+        for part in zip(*(x.split(sizes, 1) for x in (q, k, v, score)), strict=True):
+            at, seen = position + 100 + seen if op == "keep_window_attention" else position + seen, seen + part[0].shape[1]
+            if op == "attention":
+                outs.append(exactly(torch.ops.wm.attention_, *part[:3], *leaves[:2], at, None))
+            elif op == "keep_window_attention":
+                outs.append(exactly(torch.ops.wm.keep_window_attention_, *part, *leaves, at, None, 33))
+            else:
+                outs.append(exactly(torch.ops.wm.scored_attention_, *part, *leaves, at, None, op, 0.3))
+        return [torch.cat(outs, 1), *leaves]
+
+    whole = split([T])
+    for sizes in ([1] * T, [2, 41, 47]):
+        assert all(torch.equal(a, b) for a, b in zip(split(sizes), whole, strict=True))
+    if op == "attention":
+        assert torch.equal(exactly(torch.ops.wm.attention, q[:1], k[:1], v[:1], None, None, None, None)[0], whole[0][:1])
+
+
 @pytest.mark.parametrize("T", [1, 19])
 def test_keep_window_attention_of_any_strides(T):
     g, W = seeded(4), 6
@@ -160,12 +249,13 @@ def test_keep_window_attention_of_any_strides(T):
     assert_same_slots(leaves, after)
 
 
-def test_scratch_is_linear_in_tokens():
+@pytest.mark.parametrize("exact", [False, True])
+def test_scratch_is_linear_in_tokens(exact):
     from wm_kernels.keep_window_attention.plan import Call, plan, regime
 
     def size(T):
         strides = (*((name, (T * 512, 512, 128, 1)) for name in "qkv"), ("score", (T * 4, 4, 1)))
-        made = plan(Call(1, T, 4, 4, 128, 2048, False, False, False, torch.bfloat16, "sm_90", strides))
+        made = plan(Call(1, T, 4, 4, 128, 2048, False, False, False, torch.bfloat16, "sm_90", strides, exact))
         return sum(torch.Size(s.shape).numel() * s.dtype.itemsize for s in made.scratch.values())
 
     assert size(2**17) <= 2.01 * size(2**16)
@@ -232,6 +322,78 @@ def test_the_ops_launch_the_kernels_on_cuda(T, in_place):
     assert_same_slots(leaves, after)
 
 
+@pytest.mark.skipif(not ON_CUDA, reason="no CUDA device on this machine")
+@pytest.mark.parametrize("op", ["keep", "keep with slots", "exact", "cells", "cached", "rope"])
+def test_two_compilations_serve_every_length(op):
+    from wm_kernels.attention import triton_kernel as cells
+    from wm_kernels.attention.triton_op import attend_triton
+    from wm_kernels.keep_window_attention import triton_exact, triton_kernel, triton_select
+    from wm_kernels.rope import triton_kernel as rope
+    from wm_kernels.rope.triton_op import rope_triton
+
+    def compiled():
+        modules = (cells, triton_exact, triton_kernel, triton_select, rope)
+        kernels = {id(k): (name, k) for module in modules for name, k in vars(module).items() if hasattr(k, "device_caches")}
+        return {name: sum(len(known[0]) for known in kernel.device_caches.values()) for name, kernel in kernels.values()}
+
+    g, before, (B, H, K, P, W) = seeded(), compiled(), (2, 32, 16, 48, 37)  # dims that no other test has
+    state, position = slots(g, B, K, W, P, 20, torch.bfloat16)
+    caches = random(g, B, K, 700, P, dtype=torch.bfloat16), random(g, B, K, 700, P, dtype=torch.bfloat16)
+    calls = {
+        "keep": lambda q, k, v, score: keep(q, k, v, score, None, None, None, W),
+        "keep with slots": lambda *call: keep(*call, state, position, None, W),
+        "exact": lambda *call: exactly(keep, *call, state, position, None, W),
+        "cells": lambda q, k, v, _: attend_triton(q, k.transpose(1, 2), v.transpose(1, 2), None),
+        "cached": lambda q, *_: attend_triton(q, *caches, position),
+        "rope": lambda q, *_: rope_triton(q, *(random(g, B, q.shape[1], 16) for _ in range(2))),
+    }
+    lengths = [1, 2, 3, 15, 16, 17, 31, 32, 33, 36, 37, 38, 47, 48, 49, *range(60, 552, 10)]
+    assert len(lengths) >= 64
+    for T in lengths:
+        calls[op](*tokens(g, B, T, H, K, P, torch.bfloat16))
+    made = {name: count - before[name] for name, count in compiled().items() if count > before[name]}
+    assert made
+    assert max(made.values()) <= 2, made
+
+
+@pytest.mark.skipif(not ON_CUDA, reason="takes a GPU's memory")
+def test_more_elements_than_32_bits_count():
+    from wm_kernels.attention.triton_op import attend_triton
+    from wm_kernels.rope.triton_op import rope_triton
+
+    g, (T, H, K, P, W) = torch.Generator("cuda").manual_seed(0), (2**20 + 77, 16, 4, 128, 2048)
+    q, k, v = (torch.randn(1, T, heads, P, generator=g, device=DEVICE, dtype=torch.bfloat16) for heads in (H, K, K))
+    score = torch.randn(1, T, K, generator=g, device=DEVICE)
+    assert q.numel() > 2**31
+    out, _ = keep(q, k, v, score, None, None, None, W)
+    for kv in range(K):
+        kept = score[0, :, kv].argsort(descending=True)[:W]
+        heads = slice(kv * H // K, (kv + 1) * H // K)
+        logits = q[0, -1, heads].double() @ k[0, kept, kv].double().T * P**-0.5 + score[0, kept, kv].double()
+        check(OP, torch.bfloat16, out[0, -1, heads], logits.softmax(-1) @ v[0, kept, kv].double())
+    cos, sin = (torch.randn(1, T, P // 2, generator=g, device=DEVICE) for _ in range(2))
+    assert torch.equal(rope_triton(q, cos, sin)[:, -3:], rope_triton(q[:, -3:], cos[:, -3:], sin[:, -3:]))
+    del out, q, k, v, cos, sin
+    B, S = 64, 2**16 + 8
+    cells = [torch.randn(B, K, S, P, generator=g, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)]
+    assert cells[0].numel() > 2**31
+    queries = torch.randn(B, 1, H, P, generator=g, device=DEVICE, dtype=torch.bfloat16)
+    got = attend_triton(queries, *cells, torch.full((B,), S - 1, device=DEVICE))
+    expected = attend_triton(queries[-1:], *(x[-1:].clone() for x in cells), torch.full((1,), S - 1, device=DEVICE))
+    check("attention", torch.bfloat16, got[-1:], expected.double())
+
+
+@pytest.mark.skipif(not ON_CUDA, reason="no CUDA device on this machine")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rope_has_the_same_bits_for_every_split(dtype):
+    from wm_kernels.rope.triton_op import rope_triton
+
+    g = seeded()
+    x, cos, sin = random(g, 2, 700, 6, 48, dtype=dtype), random(g, 2, 700, 24), random(g, 2, 700, 24)
+    parts = [rope_triton(*part) for part in zip(*(y.split([1, 100, 599], 1) for y in (x, cos, sin)), strict=True)]
+    assert torch.equal(torch.cat(parts, 1), rope_triton(x, cos, sin))
+
+
 COMPILE = """
 import json, sys, torch
 from wm_kernels.attention.plan import plan as cells
@@ -246,12 +408,15 @@ of |= {name: torch.int64 for name in ("slot_position", "new_position", "position
 slot = {name: (K * W * P, W * P, P, 1) for name in ("slot_k", "slot_v", "new_k", "new_v")}
 slot |= {name: (K * W, W, 1) for name in ("slot_score", "slot_position", "new_score", "new_position")}
 
-def call(T, B):
+def call(T, B, exact=False):
     token = {"q": (T * H * P, H * P, P, 1), "k": (T * K * P, K * P, P, 1), "v": (T * K * P, K * P, P, 1), "score": (T * K, K, 1)}
-    return plan(Call(B, T, H, K, P, W, True, True, False, dtype, "sm_90", tuple((token | slot).items())))
+    return plan(Call(B, T, H, K, P, W, True, True, False, dtype, "sm_90", tuple((token | slot).items()), exact))
 
-caches = tuple({"q": (T * H * P, H * P, P, 1), "k": (K * W * P, P, W * P, 1), "v": (K * W * P, P, W * P, 1)}.items())
-plans = [call(T, 1), call(1, 1), call(1, 64), *(cells(1, n, H, K, 1, P, W, "none", True, dtype, "sm_90", caches) for n in (1, 512))]
+caches = {"q": (T * H * P, H * P, P, 1), "k": (K * W * P, P, W * P, 1), "v": (K * W * P, P, W * P, 1), "score": (H * W, W, 1)}
+caches = tuple(caches.items())
+plans = [call(T, 1), call(1, 1), call(1, 64), call(T, 1, True), call(1, 1, True)]
+plans += (cells(1, n, H, K, 1, P, W, "none", True, dtype, "sm_90", caches) for n in (1, 512))
+plans += (cells(1, n, H, K, H, P, W, "additive", True, dtype, "sm_90", caches, e) for n, e in ((512, False), (1, True), (512, True)))
 made = [(launch.kernel.__name__, kernel) for p in plans for launch, kernel in zip(p.launches, compile_plan(p, of, 90), strict=True)]
 print(json.dumps([{"kernel": name, "shared": k.metadata.shared, "async": "cp.async.cg" in k.asm["ptx"]} for name, k in made]))
 """
@@ -263,10 +428,11 @@ def test_every_configuration_compiles_for_sm_90(dtype):
     done = subprocess.run([sys.executable, "-c", COMPILE, dtype], capture_output=True, text=True, check=False, env=_compiler_environment())
     assert done.returncode == 0, done.stderr[-2000:]
     made = json.loads(done.stdout)
-    assert len({one["kernel"] for one in made}) == 10
+    assert len({one["kernel"] for one in made}) == 16
     assert all(one["shared"] <= 227 * 1024 for one in made)
     # Rows are copied 16 bytes at a time, straight to shared memory.
-    assert all(one["async"] for one in made if one["kernel"].startswith("attend") and (dtype, one["kernel"]) != ("float32", "attend_cells"))
+    unpipelined = {("float32", "attend_cells"), ("float32", "attend_chunks")}
+    assert all(one["async"] for one in made if one["kernel"].startswith("attend") and (dtype, one["kernel"]) not in unpipelined)
 
 
 def _compiler_environment():

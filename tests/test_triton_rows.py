@@ -6,6 +6,7 @@ import torch
 from triton_support import DEVICE, DTYPES, check, needs_triton, random, scattered, wide  # first: it chooses the interpreter
 from wm_kernels.causal_conv1d.definition import causal_conv1d_reference
 from wm_kernels.gated_rms_norm.definition import gated_rms_norm_reference
+from wm_kernels.numerics import numerics
 from wm_kernels.residual_rms_norm.definition import residual_rms_norm_reference
 from wm_kernels.rope.definition import rope_reference
 from wm_kernels.selective_scan.definition import selective_scan_reference
@@ -102,6 +103,47 @@ def test_selective_scan(dtype, B, T, C):
     assert torch.equal(again, y)
     assert torch.equal(state, after)
     state.copy_(kept)
+
+
+def test_selective_scan_reads_no_padding():
+    from wm_kernels.selective_scan.triton_op import selective_scan_triton
+
+    for T in (1, 70):
+        x, dt, A, b, c, state = scan_inputs(2, T, 10, 5, torch.float32)
+        for value in (x, dt, b, c):
+            value[0, T // 2 :] = torch.nan
+        valid = torch.tensor([T // 2, T], device=DEVICE)
+        y, after = selective_scan_triton(x, dt, A, b, c, state, valid)
+        _, expected = selective_scan_reference(*wide((*(value.nan_to_num() for value in (x, dt)), A, b.nan_to_num(), c, state, valid)))
+        assert y.isfinite().all()
+        check("selective_scan", torch.float32, after, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_selective_scan_with_exact_numerics_gives_the_same_bits_for_every_split(dtype):
+    from wm_kernels.selective_scan.triton_op import selective_scan_triton
+
+    T = 19
+    x, dt, A, b, c, state = scan_inputs(2, T, 10, 5, dtype)
+    with numerics("exact"):
+        y, final = selective_scan_triton(x, dt, A, b, c, state, None)
+        check("selective_scan", dtype, y, selective_scan_reference(*wide((x, dt, A, b, c, state, None)))[0])
+        for sizes in ([1] * T, [5, 1, 13]):
+            now, parts = state.clone(), []
+            for x_, dt_, b_, c_ in zip(*(value.split(sizes, 1) for value in (x, dt, b, c)), strict=True):
+                parts.append(selective_scan_triton(x_, dt_, A, b_, c_, now, None, now)[0])
+            assert torch.equal(torch.cat(parts, 1), y)
+            assert torch.equal(now, final)
+
+
+def test_selective_scan_has_no_grid_that_is_too_large_for_a_device():
+    from wm_kernels.selective_scan.plan import plan
+
+    for B, T in ((70_000, 1), (70_000, 100), (1, 10**7)):
+        made = plan(B, T, 16, 4, torch.float32, (True, True), (16,) * 4 + (4,) * 5, (64, 4, 64, 4), "sm_90")
+        for launch in made.launches:
+            assert launch.grid[0] < 2**31
+            assert all(size < 2**16 for size in launch.grid[1:])
 
 
 @pytest.mark.parametrize("steps", [0, 40])

@@ -23,6 +23,7 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 
 # Kernels are made for the interpreter or not when they are imported.
+from wm_kernels.numerics import numerics  # noqa: E402
 from wm_kernels.ssd_scan import plan as plans  # noqa: E402
 from wm_kernels.ssd_scan import ssd_scan_reference  # noqa: E402
 from wm_kernels.ssd_scan.triton_op import describe, ssd_scan_triton  # noqa: E402
@@ -159,15 +160,19 @@ def test_a_decay_that_forgets_everything_keeps_the_small_ones_after_it():
 def test_exact_numerics_give_the_same_bits_for_every_split(dtype):
     T = 23
     x, dt, A, b, c, state, cos, sin = inputs(T, dtype)
-    y, final = ssd_scan_triton(x, dt, A, b, c, state, None, cos, sin, numerics="exact")
-    assert_within_limits("ssd_scan_rope", dtype, (y, final), oracle(x, dt, A, b, c, state, None, cos, sin))
-    for sizes in ([1] * T, [5, 1, 17]):
-        now, parts = state.clone(), []
-        for part in zip(*(value.split(sizes, 1) for value in (x, dt, b, c, cos, sin)), strict=True):
-            x_, dt_, b_, c_, cos_, sin_ = part
-            parts.append(ssd_scan_triton(x_, dt_, A, b_, c_, now, None, cos_, sin_, in_place=True, numerics="exact")[0])
-        assert torch.equal(torch.cat(parts, 1), y)
-        assert torch.equal(now, final)
+    with numerics("exact"):
+        y, final = ssd_scan_triton(x, dt, A, b, c, state, None, cos, sin)
+        assert_within_limits("ssd_scan_rope", dtype, (y, final), oracle(x, dt, A, b, c, state, None, cos, sin))
+        for sizes in ([1] * T, [5, 1, 17]):
+            now, parts = state.clone(), []
+            for part in zip(*(value.split(sizes, 1) for value in (x, dt, b, c, cos, sin)), strict=True):
+                x_, dt_, b_, c_, cos_, sin_ = part
+                parts.append(ssd_scan_triton(x_, dt_, A, b_, c_, now, None, cos_, sin_, in_place=True)[0])
+            assert torch.equal(torch.cat(parts, 1), y)
+            assert torch.equal(now, final)
+    # One token after another is what a step does in any case.
+    x, dt, b, c, cos, sin = (value[:, :1] for value in (x, dt, b, c, cos, sin))
+    assert torch.equal(ssd_scan_triton(x, dt, A, b, c, state, None, cos, sin)[0], y[:, :1])
 
 
 def test_the_same_call_twice_is_bitwise_equal():
@@ -200,13 +205,45 @@ def plan_bytes(call):
     return [torch.Size(wanted.shape).numel() * wanted.dtype.itemsize for wanted in plans.plan(call).scratch.values()]
 
 
+@pytest.mark.skipif(not CUDA, reason="more than 2^31 elements need a GPU's memory")
+def test_more_than_two_to_the_31_elements():
+    """600 000 tokens: offsets of 32 bits would wrap around. Early tokens are forgotten, so the last ones can be compared alone."""
+    T, last = 600_000, 2000
+    x = torch.empty((1, T, 64, 64), dtype=torch.bfloat16, device="cuda").normal_()
+    b, c = (torch.randn((1, T, 1, 64), device="cuda").bfloat16() for _ in range(2))
+    dt, A = 0.5 + torch.rand((1, T, 64), device="cuda"), -torch.ones(64, device="cuda")
+    assert x.numel() > 2**31
+    y, state = ssd_scan_triton(x, dt, A, b, c, None, None)
+    expected_y, expected_state = oracle(*(value[:, -last:] for value in (x, dt)), A, *(value[:, -last:] for value in (b, c)), None, None)
+    assert_within_limits("ssd_scan", torch.bfloat16, (y[:, -1000:], state), (expected_y[:, -1000:], expected_state))
+
+
+@pytest.mark.skipif(not CUDA, reason="compiled kernels are counted on a GPU")
+def test_no_kernel_is_compiled_more_than_twice_for_64_lengths():
+    from wm_kernels.ssd_scan import triton_kernel
+
+    names = ("prepare", "scan_segments", "segment_states", "carry_states", "scan_tokens")
+
+    def compiled():
+        return [sum(len(cache[0]) for cache in getattr(triton_kernel, name).device_caches.values()) for name in names]
+
+    before, B, H, P, N, F = compiled(), 1, 16, 32, 32, 16
+    for T in LENGTHS:
+        x, dt, A, b, c, state, cos, sin = inputs(T, torch.bfloat16, B, H, P, H, N, F)
+        ssd_scan_triton(x, dt, A, b, c, state, None, cos, sin)
+    assert all(now - then <= 2 for now, then in zip(compiled(), before, strict=True))
+
+
+LENGTHS = [*range(1, 10), *(Q * k + d for k in (1, 2, 3, 10, 100) for d in (-1, 0, 1)), *range(500, 12500, 300)]
+
+
 def test_default_configurations_compile_for_sm_90_without_a_gpu():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     paths = [str(Path(wm_kernels.__file__).parents[1]), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["cp.async", "wgmma"]
+    assert done.stdout.split() == ["2", "cp.async", "wgmma"]
 
 
 COMPILE = """
@@ -223,6 +260,14 @@ call = ScanCall(op="ssd_scan_rope", arch="sm_90", dtype=torch.bfloat16, B=4, T=4
     cos_BT=(4096 * F, F), sin_BT=(4096 * F, F),
     state_BHN=(H * N * P, N * P, P), out_BHN=(H * N * P, N * P, P), has_state=True, has_valid=True)
 one_group = dict(op="ssd_scan", F=0, G=1, P=64, B_BTG=(4096 * N, N, N), C_BTG=(4096 * N, N, N), cos_BT=(0, 0), sin_BT=(0, 0))
+# What a kernel is compiled anew for: its constants, and of the integers that it is specialised by whether 16 divides them.
+kinds = {}
+for T in (*range(1, 10), *(64 * k + d for k in (1, 2, 3, 10, 100) for d in (-1, 0, 1)), *range(500, 12500, 300)):
+    for launch in plan(replace(call, B=1, T=T, has_valid=False)).launches:
+        pairs = zip([one for one in launch.kernel.params if not one.is_constexpr], launch.arguments)
+        classes = [value % 16 == 0 for one, value in pairs if not (isinstance(value, str) or one.do_not_specialize)]
+        kinds.setdefault(launch.kernel.fn.__name__, set()).add(repr((sorted(launch.constants.items()), launch.options, classes)))
+print(max(map(len, kinds.values())))
 found = set()
 shapes = ({}, {"T": 1}, {"B": 1, "T": 512}, one_group | {"T": 65536, "H": 128, "B": 1}, {"B": 1, "T": 65536})
 for dtype, changed in ((torch.bfloat16, shapes), (torch.float16, shapes[:1]), (torch.float32, shapes[:3])):

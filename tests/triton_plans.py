@@ -1,156 +1,195 @@
-"""Plans of typical calls, by op: each regime, each row of the table. `python tests/triton_plans.py OP` compiles them for sm_90."""
+"""Plans of typical calls, by op: one for each row of the op's table, wherever it serves.
 
+    python tests/triton_plans.py [--op OP ...] [--dtype bfloat16 ...] [--arch sm_90 ...]
+
+Compiles them, without a GPU, and prints what came of each launch as a line of JSON; all ops, dtypes and architectures by default. Exit
+status 1: a program needs more shared memory than its architecture has.
+"""
+
+import argparse
 import json
 import sys
 from collections.abc import Iterator
-from importlib.resources import files
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
 
-BF16, F32, I64 = torch.bfloat16, torch.float32, torch.int64
+F32, I64 = torch.float32, torch.int64
+DTYPES = ("float32", "float16", "bfloat16")
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # bytes that a program may have
 Plans = Iterator[tuple[Any, dict[str, torch.dtype]]]
 
 
-def rows(op: str, regime: str) -> list[dict[str, Any]]:
-    """The values that serve a GPU in a regime."""
-    table = json.loads(files("wm_kernels").joinpath(op, "triton_configs.json").read_text(encoding="utf-8"))
-    return [row["values"] for row in table if row.get("arch") != "interpreter" and row.get("regime", regime) == regime]
-
-
-def residual_rms_norm() -> Plans:
+def residual_rms_norm(dtype: torch.dtype, arch: str) -> Plans:
     from wm_kernels.residual_rms_norm.plan import plan
 
-    names = dict.fromkeys(("x_MD", "residual_MD", "scale_D", "weight_D", "normed_MD", "sum_MD"), BF16)
-    for regime, M, D in (("rows", 16384, 2048), ("wide", 64, 20480)):
-        for values in rows("residual_rms_norm", regime):
-            yield plan(M, D, BF16, 1e-6, True, D, D, "sm_90", **values), names
+    names = dict.fromkeys(("x_MD", "residual_MD", "scale_D", "weight_D", "normed_MD", "sum_MD"), dtype)
+    for M, D in ((16384, 2048), (64, 20480)):
+        yield plan(M, D, dtype, 1e-6, True, D, D, arch), names
 
 
-def gated_rms_norm() -> Plans:
+def gated_rms_norm(dtype: torch.dtype, arch: str) -> Plans:
     from wm_kernels.gated_rms_norm.plan import plan
 
-    names = dict.fromkeys(("y_MC", "z_MC", "weight_C", "out_MC"), BF16)
-    for regime, M, C in (("rows", 16384, 2048), ("wide", 64, 20480)):
-        for values in rows("gated_rms_norm", regime):
-            yield plan(M, C, BF16, 1e-6, C, C, "sm_90", **values), names
+    for M, C in ((16384, 2048), (64, 20480)):
+        yield plan(M, C, dtype, 1e-6, C, C, arch), dict.fromkeys(("y_MC", "z_MC", "weight_C", "out_MC"), dtype)
 
 
-def causal_conv1d() -> Plans:
+def causal_conv1d(dtype: torch.dtype, arch: str) -> Plans:
     from wm_kernels.causal_conv1d.plan import plan
 
-    names = {"x_BTC": BF16, "weight_CL": BF16, "bias_C": BF16, "before_BYC": F32, "valid_B": I64, "y_BTC": BF16, "after_BYC": F32}
-    for regime, T in (("step", 1), ("tokens", 4096)):
-        for values in rows("causal_conv1d", regime):
-            state = (3 * 4352, 4352)
-            yield plan(4, T, 4352, 4, BF16, (True, True, True), True, (T * 4352, 4352), 4, state, state, "sm_90", **values), names
+    names = dict.fromkeys(("x_BTC", "weight_CL", "bias_C", "y_BTC"), dtype) | {"before_BYC": F32, "valid_B": I64, "after_BYC": F32}
+    for T in (1, 4096):
+        state = (3 * 4352, 4352)
+        yield plan(4, T, 4352, 4, dtype, (True, True, True), True, (T * 4352, 4352), 4, state, state, arch), names
 
 
-def rope() -> Plans:
+def rope(dtype: torch.dtype, arch: str) -> Plans:
     from wm_kernels.rope.plan import plan
 
-    names = {"x_BTHP": BF16, "cos_BTF": F32, "sin_BTF": F32, "y_MHP": BF16}
-    for regime, T in (("few", 4), ("many", 4096)):
-        for values in rows("rope", regime):
-            angles = (T * 64, 64)
-            yield plan(2, T, 16, 128, 64, BF16, (T * 2048, 2048, 128), angles, angles, "sm_90", **values), names
+    names = {"x_BTHP": dtype, "cos_BTF": F32, "sin_BTF": F32, "y_MHP": dtype}
+    for T in (4, 4096):
+        angles = (T * 64, 64)
+        yield plan(2, T, 16, 128, 64, dtype, (T * 2048, 2048, 128), angles, angles, arch), names
 
 
-def selective_scan() -> Plans:
+def selective_scan(dtype: torch.dtype, arch: str) -> Plans:
     from wm_kernels.selective_scan.plan import plan
 
-    names = {
-        "x_BTC": BF16,
-        "dt_BTC": F32,
-        "A_CN": F32,
-        "B_BTN": BF16,
-        "C_BTN": BF16,
-        "valid_B": I64,
-        "before": F32,
-        "y_BTC": BF16,
-        "after": F32,
-    }
-    for regime, T in (("step", 1), ("sweep", 32), ("chunks", 4096)):
-        for values in rows("selective_scan", regime):
-            tokens = (T * 4096, 4096, T * 4096, 4096, 16, T * 16, 16, T * 16, 16)
-            yield plan(2, T, 4096, 16, BF16, (True, True), tokens, (4096 * 16, 16) * 2, "sm_90", **values), names
+    names = dict.fromkeys(("x_BTC", "B_BTN", "C_BTN", "y_BTC"), dtype) | {"valid_B": I64}
+    names |= dict.fromkeys(("dt_BTC", "A_CN", "before", "after"), F32)
+    for T in (1, 32, 4096):
+        tokens = (T * 4096, 4096, T * 4096, 4096, 16, T * 16, 16, T * 16, 16)
+        yield plan(2, T, 4096, 16, dtype, (True, True), tokens, (4096 * 16, 16) * 2, arch), names
 
 
-def product_key_topk() -> Plans:
+def ssd_scan(dtype: torch.dtype, arch: str, F: int = 0) -> Plans:
+    from wm_kernels.ssd_scan.plan import ScanCall, plan
+
+    names = dict.fromkeys(("dt", "A", "cos", "sin", "state", "out"), F32) | dict.fromkeys(("x", "B", "C", "y"), dtype) | {"valid": I64}
+    few, many = (1, 512, 16, 1, 64), ((128, 1, 16, 16, 128), (4, 4096, 16, 16, 128), (1, 65536, 128, 1, 64), (1, 65536, 16, 16, 128))
+    for B, T, H, G, P in (few, *many, (1, 65536, 4, 1, 64)):
+        N = 128
+        call = ScanCall(
+            op="ssd_scan_rope" if F else "ssd_scan", arch=arch, dtype=dtype, B=B, T=T, H=H, P=P, G=G, N=N, F=F,
+            x_BTH=(T * H * P, H * P, P), dt_BTH=(T * H, H, 1), A_H=(1,), B_BTG=(T * G * N, G * N, N), C_BTG=(T * G * N, G * N, N),
+            cos_BT=(T * F, F), sin_BT=(T * F, F), state_BHN=(H * N * P, N * P, P), out_BHN=(H * N * P, N * P, P),
+            has_state=True, has_valid=True,
+        )  # fmt: skip
+        for exact in (False, True) if T == 512 else (False,):
+            yield plan(replace(call, exact=exact)), names
+
+
+def ssd_scan_rope(dtype: torch.dtype, arch: str) -> Plans:
+    yield from ssd_scan(dtype, arch, 64)
+
+
+def attention(dtype: torch.dtype, arch: str) -> Plans:
+    from wm_kernels.attention.plan import plan
+
+    B, H, K, P, L = 1, 16, 4, 128, 4096
+    names = dict.fromkeys(("q", "k", "v", "out"), dtype) | {"score": F32, "position": I64}
+    for T, (A, scoring), exact in product((1, 512), ((K, "none"), (K, "additive"), (H, "additive")), (False, True)):
+        strides = {"q": (T * H * P, H * P, P, 1), "k": (K * L * P, P, L * P, 1), "v": (K * L * P, P, L * P, 1), "score": (A * L, L, 1)}
+        yield plan(B, T, H, K, A, P, L, scoring, True, dtype, arch, tuple(strides.items()), exact), names
+
+
+def keep_window_attention(dtype: torch.dtype, arch: str) -> Plans:
+    from wm_kernels.keep_window_attention.plan import Call, plan
+
+    H, K, P, W = 16, 4, 128, 2048
+    names = dict.fromkeys(("q", "k", "v", "slot_k", "slot_v", "new_k", "new_v", "out"), dtype)
+    names |= dict.fromkeys(("score", "slot_score", "new_score"), F32)
+    names |= dict.fromkeys(("slot_position", "new_position", "position", "valid"), I64)
+    slot = {name: (K * W * P, W * P, P, 1) for name in ("slot_k", "slot_v", "new_k", "new_v")}
+    slot |= {name: (K * W, W, 1) for name in ("slot_score", "slot_position", "new_score", "new_position")}
+    for B, T, exact in ((1, 4096, False), (1, 1, False), (64, 1, False), (1, 1, True), (1, 4096, True)):
+        token = {"q": (T * H * P, H * P, P, 1), "k": (T * K * P, K * P, P, 1), "v": (T * K * P, K * P, P, 1), "score": (T * K, K, 1)}
+        yield plan(Call(B, T, H, K, P, W, True, True, False, dtype, arch, tuple((token | slot).items()), exact)), names
+
+
+def product_key_topk(dtype: torch.dtype, arch: str) -> Plans:
     from wm_kernels.product_key_topk.plan import plan
 
-    names = {"query_BTR2d": BF16, "keys_RJ2d": BF16, "weight_MRk": BF16, "expert_MRk": I64}
-    for regime, T in (("few", 16), ("many", 4096)):
-        for values in rows("product_key_topk", regime):
-            yield plan(4, T, 4, 64, 128, 8, BF16, (T * 512, 512, 64, 256), (128 * 128, 128, 64), "sm_90", **values), names
+    names = {"query_BTR2d": dtype, "keys_RJ2d": dtype, "weight_MRk": dtype, "expert_MRk": I64}
+    for T, J in ((16, 128), (4096, 128), (4096, 1024)):
+        yield plan(4, T, 4, 64, J, 8, dtype, (T * 512, 512, 64, 256), (J * 128, 128, 64), arch), names
 
 
-def router_topk() -> Plans:
+def router_topk(dtype: torch.dtype, arch: str) -> Plans:
     from wm_kernels.router_topk.plan import plan
 
-    names = {"logits_ME": BF16, "weight_Mk": BF16, "expert_Mk": I64}
-    for regime, M, E in (("few", 16, 64), ("narrow", 4096, 64), ("wide", 64, 4096)):
-        for values in rows("router_topk", regime):
-            yield plan(M, E, 8, BF16, False, E, "sm_90", **values), names
+    names = {"logits_ME": dtype, "weight_Mk": dtype, "expert_Mk": I64}
+    for M, E in ((16, 64), (4096, 64), (64, 4096)):
+        yield plan(M, E, 8, dtype, False, E, arch), names
 
 
-def expert_mix() -> Plans:
+def expert_mix(dtype: torch.dtype, arch: str) -> Plans:
     from wm_kernels.expert_mix.plan import plan, spread_plan
 
-    names = {"x_BTD": BF16, "expert_MQ": I64, "weight_MQ": BF16, "down_ED": BF16, "up_ED": BF16, "y_MD": BF16}
-    for regime, T in (("few", 2), ("many", 4096)):
-        for values in rows("expert_mix", regime):
-            yield plan(4, T, 2048, 32, BF16, "silu", False, (T * 2048, 2048), 2048, 2048, "sm_90", **values), names
-    names = {"inner_ME": F32, "expert_MQ": I64, "weight_MQ": BF16, "hidden_ME": BF16, "rest_ME": BF16}
-    for values in rows("expert_mix", "products"):
-        yield spread_plan(8192, 1024, 64, BF16, "silu", False, "sm_90", **values), names
+    names = dict.fromkeys(("x_BTD", "weight_MQ", "down_ED", "up_ED", "y_MD"), dtype) | {"expert_MQ": I64}
+    for T, D in ((2, 2048), (4096, 2048), (4096, 1024)):
+        yield plan(4, T, D, 32, dtype, "silu", False, (T * D, D), D, D, arch), names
+    names = {"inner_ME": F32, "expert_MQ": I64, "weight_MQ": dtype, "hidden_ME": dtype, "rest_ME": dtype}
+    yield spread_plan(8192, 1024, 64, dtype, "silu", False, arch), names
 
 
-def moe_mix() -> Plans:
+def moe_mix(dtype: torch.dtype, arch: str) -> Plans:
     from wm_kernels.moe_mix.plan import combine_plan, hidden_plan, picks_plan
 
-    names = {"inner_NF": BF16, "in_bias_EF": BF16, "expert_N": I64, "hidden_NI": BF16, "out_ND": BF16, "out_bias_ED": BF16}
-    names |= {"expert_Mk": I64, "weight_Mk": BF16, "place_Mk": I64, "y_MD": BF16}
-    for values in rows("moe_mix", "hidden"):
-        yield hidden_plan(16384, 512, BF16, True, True, "silu", "sm_90", **values), names
-    for values in rows("moe_mix", "combine"):
-        yield combine_plan(16384, 8, 2048, BF16, True, "sm_90", **values), names
-    names |= {"x_MD": BF16, "weight_N": BF16, "in_EFD": BF16, "out_EDI": BF16}
-    for values in rows("moe_mix", "picks"):
-        strides = (1024 * 2048, 2048), (2048 * 512, 512), (1024, 2048)
-        yield picks_plan(4, 2, 2048, 512, BF16, True, (True, True), "silu", 2048, *strides, "sm_90", **values), names
+    names = dict.fromkeys(("inner_NF", "in_bias_EF", "hidden_NI", "out_ND", "out_bias_ED", "weight_Mk", "y_MD"), dtype)
+    names |= dict.fromkeys(("x_MD", "weight_N", "in_EFD", "out_EDI"), dtype) | dict.fromkeys(("expert_N", "expert_Mk", "place_Mk"), I64)
+    yield hidden_plan(16384, 512, dtype, True, True, "silu", arch), names
+    yield combine_plan(16384, 8, 2048, dtype, True, arch), names
+    strides = (1024 * 2048, 2048), (2048 * 512, 512), (1024, 2048)
+    yield picks_plan(4, 2, 2048, 512, dtype, True, (True, True), "silu", 2048, *strides, arch), names
 
 
-OPS = {
-    function.__name__: function
-    for function in (
-        residual_rms_norm,
-        gated_rms_norm,
-        causal_conv1d,
-        rope,
-        selective_scan,
-        product_key_topk,
-        router_topk,
-        expert_mix,
-        moe_mix,
-    )
-}
+FUNCTIONS = (
+    residual_rms_norm, gated_rms_norm, causal_conv1d, rope, selective_scan, ssd_scan, ssd_scan_rope, attention, keep_window_attention,
+    product_key_topk, router_topk, expert_mix, moe_mix,
+)  # fmt: skip
+OPS = {function.__name__: function for function in FUNCTIONS}
 
 
-def main(op: str) -> None:
+def compiled(op: str, dtype: str, arch: str) -> Iterator[dict[str, Any]]:
+    """What came of each launch of an op's plans."""
     from wm_kernels.triton_compile import compile_plan
 
     seen = set()
-    for plan, dtypes in OPS[op]():
-        key = repr(plan)
-        if key in seen:
+    for plan, dtypes in OPS[op](getattr(torch, dtype), arch):
+        if repr(plan) in seen:
             continue
-        seen.add(key)
-        for launch, compiled in zip(plan.launches, compile_plan(plan, dtypes, 90), strict=True):
-            text = compiled.asm["ptx"]
-            wide = text.count("ld.global.v4") + text.count("ld.global.b128") + text.count("cp.async.cg") + text.count(".v4.b32")
-            print(launch.kernel.fn.__name__, ".target sm_90" in text, wide)
+        seen.add(repr(plan))
+        for launch, kernel in zip(plan.launches, compile_plan(plan, dtypes, int(arch.removeprefix("sm_"))), strict=True):
+            text = kernel.asm["ptx"]
+            yield {
+                "op": op,
+                "kernel": launch.kernel.fn.__name__,
+                "dtype": dtype,
+                "arch": arch,
+                "target": text.split(".target ")[1].split()[0].rstrip(","),
+                "shared": kernel.metadata.shared,
+                "wide": sum(map(text.count, ("ld.global.v4", "ld.global.b128", "cp.async.cg", ".v4.b32"))),
+                "async": "cp.async.cg" in text,
+                "tensor cores": "wgmma" in text,
+            }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--op", nargs="*", choices=OPS, default=list(OPS))
+    parser.add_argument("--dtype", nargs="*", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--arch", nargs="*", choices=SHARED, default=list(SHARED))
+    given, wrong = parser.parse_args(), 0
+    for op, dtype, arch in product(given.op, given.dtype, given.arch):
+        for found in compiled(op, dtype, arch):
+            print(json.dumps(found), flush=True)
+            wrong += found["shared"] > SHARED[arch]
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(main())

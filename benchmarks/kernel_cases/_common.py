@@ -1,6 +1,9 @@
 """What the cases of several families share."""
 
+import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -56,3 +59,13 @@ def once(inputs: Inputs, truth: Callable[[], Any]) -> Any:
     if "truth" not in inputs:
         inputs["truth"] = truth()
     return inputs["truth"]
+
+
+def without_init(name: str) -> None:
+    """Make a package's modules importable without running its `__init__`, which asks for much that its kernels do not need."""
+    if name not in sys.modules:
+        spec = find_spec(name)
+        if spec is None or spec.submodule_search_locations is None:
+            raise ImportError(f"{name} is not installed")
+        sys.modules[name] = ModuleType(name)
+        sys.modules[name].__path__ = list(spec.submodule_search_locations)

@@ -28,8 +28,10 @@ def cases() -> list[Case]:
     """A1 and twice its length, A1 with empty slots and with equal scores, the step at several batches, attention over a cache."""
     made = [prefill("A1", 32768), prefill("A1 64k", 65536), prefill("A1 slots", 32768, slots=True), prefill("A1 equal", 32768, "equal")]
     made += [prefill("T 4096", 4096), prefill("T 2048", 2048)]
-    made += [step("A2", 64), step("B 16", 16), step("B 1", 1)]
-    return [*made, cached("32k step", 64, 1, 32768), cached("8k prefill", 1, 8192, 8192), long_prompt_then_steps()]
+    made += [step("A2", 64), step("B 16", 16), step("B 1", 1), step("A2 exact", 64, True), step("B 1 exact", 1, True)]
+    made += [cached("32k step", 64, 1, 32768), cached("32k step B 1", 1, 1, 32768), cached("8k prefill", 1, 8192, 8192)]
+    made += [cached("32k step exact", 64, 1, 32768, True), cached("32k step B 1 exact", 1, 1, 32768, True)]
+    return [*made, long_prompt_then_steps()]
 
 
 def spaces() -> list[Space]:
@@ -44,10 +46,11 @@ def spaces() -> list[Space]:
     made = [Space(prefill("A1", 32768), "listed", {}, start, [tiles, select, lists])]
     start = {"BLOCK_N": 64, "BLOCK_W": 1024, "programs": 256, "least_share": 128, "num_warps": 4, "num_stages": 3}
     made.append(Space(step("A2", 64), "step", {}, start, [grid(BLOCK_N=[32, 64, 128], num_warps=[4, 8], num_stages=[2, 3, 4])]))
-    start = {"BLOCK_R": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
+    start = {"chunk": 1024, "BLOCK_R": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
     made.append(Space(cached("8k prefill", 1, 8192, 8192), "cells", {}, start, [grid(BLOCK_N=[64, 128], num_stages=[2, 3, 4])]))
-    start = {"BLOCK_N": 64, "programs": 528, "num_warps": 4, "num_stages": 3}
-    made.append(Space(cached("32k step", 64, 1, 32768), "shares", {}, start, [grid(BLOCK_N=[64, 128], programs=[264, 528, 1056])]))
+    start = {"rows": 64, "BLOCK_N": 64, "programs": 528, "num_warps": 4, "num_stages": 3}
+    shares = [grid(rows=[16, 64]), grid(BLOCK_N=[64, 128], programs=[264, 528, 1056])]
+    made.append(Space(cached("32k step", 64, 1, 32768), "shares", {}, start, shares))
     return made
 
 
@@ -194,8 +197,11 @@ def _sparse(v: Inputs) -> Callable[[], Any]:
     return lambda: triton_sparse_attn_func(v["q"], v["k"], v["v"], bias, True, P**-0.5)
 
 
-def step(name: str, B: int) -> Case:
-    """One token over W full slots, in place. Repeated, it takes one slot after another, which leaves the work the same."""
+def step(name: str, B: int, exact: bool = False) -> Case:
+    """One token over W full slots, in place. Repeated, it takes one slot after another, which leaves the work the same.
+
+    With `exact` numerics its bits are those of any split of a prompt.
+    """
 
     def make() -> Inputs:
         g = generator()
@@ -203,7 +209,8 @@ def step(name: str, B: int) -> Case:
 
     def ours(v: Inputs) -> Tensor:
         slots = (v[name] for name in SLOTS)
-        return ops.keep_window_attention_(v["q"], v["k"], v["v"], v["score"], *slots, v["position"], None, W)
+        with ops.numerics("exact" if exact else "fast"):
+            return ops.keep_window_attention_(v["q"], v["k"], v["v"], v["score"], *slots, v["position"], None, W)
 
     def oracle(v: Inputs) -> float:
         copy = {name: x.clone() for name, x in v.items() if isinstance(x, Tensor)}
@@ -218,7 +225,11 @@ def step(name: str, B: int) -> Case:
         return lambda: F.scaled_dot_product_attention(v["q"].transpose(1, 2), k, values, enable_gqa=True)
 
     bars = {"× SDPA 32k": 12.0, "copy rate": 0.8} if name == "A2" else {}
-    return Case(KEEP, name, DTYPE, make, ours, oracle, {"SDPA 32k": dense}, B * K * W * (2 * P * 2 + 4), 4 * B * H * W * P, bars)
+    if exact:
+        bars = {f"time ÷ {name.removesuffix(' exact')}": 2.0}
+    return Case(
+        KEEP, name, DTYPE, make, ours, oracle, {} if exact else {"SDPA 32k": dense}, B * K * W * (2 * P * 2 + 4), 4 * B * H * W * P, bars
+    )
 
 
 def long_prompt_then_steps(T: int = 131072, steps: int = 64) -> Case:
@@ -250,8 +261,8 @@ def long_prompt_then_steps(T: int = 131072, steps: int = 64) -> Case:
     return Case(KEEP, "128k and 64 steps", DTYPE, make, run, oracle, {}, size, 4 * P * H * pairs)
 
 
-def cached(name: str, B: int, T: int, L: int) -> Case:
-    """Plain attention of the last T tokens over a full cache of L cells, in place."""
+def cached(name: str, B: int, T: int, L: int, exact: bool = False) -> Case:
+    """Plain attention of the last T tokens over a full cache of L cells, in place; `exact` numerics give the bits of any split."""
 
     def make() -> Inputs:
         g = generator()
@@ -259,7 +270,8 @@ def cached(name: str, B: int, T: int, L: int) -> Case:
         return _tokens(g, B, T) | caches | {"position": torch.full((B,), L - T, device="cuda")}
 
     def ours(v: Inputs) -> Tensor:
-        return ops.attention_(v["q"], v["k"], v["v"], v["cache_k"], v["cache_v"], v["position"], None)
+        with ops.numerics("exact" if exact else "fast"):
+            return ops.attention_(v["q"], v["k"], v["v"], v["cache_k"], v["cache_v"], v["position"], None)
 
     def oracle(v: Inputs) -> float:
         few = slice(max(0, T - 64), T)  # the last queries: all keys are in the cache before them
@@ -272,7 +284,7 @@ def cached(name: str, B: int, T: int, L: int) -> Case:
         q = v["q"].transpose(1, 2)
         return lambda: F.scaled_dot_product_attention(q, v["cache_k"], v["cache_v"], is_causal=T == L, enable_gqa=True)
 
-    pairs = T * (L - T) + T * (T + 1) // 2
-    return Case(
-        "attention", name, DTYPE, make, ours, oracle, {"SDPA": dense}, B * (K * L * P * 4 + 2 * T * (H + K) * P * 2), 4 * B * H * P * pairs
-    )
+    pairs, peers = T * (L - T) + T * (T + 1) // 2, {} if exact else {"SDPA": dense}
+    bars = {f"time ÷ {name.removesuffix(' exact')}": 2.0} if exact else {}
+    size = B * (K * L * P * 4 + 2 * T * (H + K) * P * 2)
+    return Case("attention", name, DTYPE, make, ours, oracle, peers, size, 4 * B * H * P * pairs, bars)

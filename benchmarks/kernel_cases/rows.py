@@ -13,7 +13,7 @@ from torch import Tensor
 
 import wm_kernels as ops
 from kernel_cases import Case, Inputs, Space, grid
-from kernel_cases._common import compiled, eager, generator, normal, once, over_budget, wide
+from kernel_cases._common import compiled, eager, generator, normal, once, over_budget, wide, without_init
 from wm_kernels.causal_conv1d import causal_conv1d_reference
 from wm_kernels.gated_rms_norm import gated_rms_norm_reference
 from wm_kernels.residual_rms_norm import residual_rms_norm_reference
@@ -45,10 +45,12 @@ def spaces() -> list[Space]:
     made.append(Space(convolution_step(128, 4352), "step", {}, {"block_T": 1, "block_C": 256, "num_warps": 1}, [step]))
     turn = grid(block_M=[1, 2, 4], block_H=[4, 8], num_warps=[1, 2, 4]) + grid(block_M=[1], block_H=[32], num_warps=[4, 8])
     made.append(Space(rotation(4, 4096, 20, 128), "many", {}, {"block_M": 4, "block_H": 8, "num_warps": 4}, [turn]))
-    walk = [grid(block_C=[32, 64], num_warps=[1]) + grid(block_C=[128, 256], num_warps=[2, 4]), grid(chunk=[32, 64, 128, 256])]
-    made.append(Space(scan("long", 1, 8192, 4096, 16), "chunks", {}, {"block_C": 128, "chunk": 64, "num_warps": 4}, walk))
+    walk = [grid(block_C=[32, 64], num_warps=[1]) + grid(block_C=[64, 128], num_warps=[2, 4]), grid(programs=[528, 1056, 2112, 4224])]
+    chunks = {"block_C": 32, "programs": 1056, "least": 64, "ahead": 4, "num_warps": 1}
+    made.append(Space(scan("long", 1, 8192, 4096, 16), "chunks", {}, chunks, [*walk, grid(ahead=[4, 8])]))
     step = [grid(block_C=[32, 64, 128, 256], num_warps=[1, 2, 4])]
-    made.append(Space(scan_step(128, 4096, 16), "step", {}, {"block_C": 64, "chunk": 0, "num_warps": 4}, step))
+    token = {"block_C": 64, "programs": 0, "least": 1, "ahead": 1, "num_warps": 4}
+    made.append(Space(scan_step(128, 4096, 16), "step", {}, token, step))
     return made
 
 
@@ -235,11 +237,10 @@ def scan(name: str, B: int, T: int, C: int, N: int) -> Case:
     def reference(v: Inputs) -> Callable[[], Any]:
         return lambda: selective_scan_reference(v["x"], v["dt"], v["A"], v["B"], v["C"], v["state"], None)
 
+    peers, bars = {"eager": reference, "mamba_ssm": _mamba_scan}, {"× eager": 5.0, "× mamba_ssm": 1.0}
     size = B * T * C * (2 * SIZE + 4) + B * T * N * 2 * SIZE + 2 * 4 * B * C * N
     flops = 8 * B * T * C * N
-    return Case(
-        "selective_scan", name, DTYPE, lambda: _scan_inputs(B, T, C, N), ours, oracle, {"eager": reference}, size, flops, {"× eager": 5.0}
-    )
+    return Case("selective_scan", name, DTYPE, lambda: _scan_inputs(B, T, C, N), ours, oracle, peers, size, flops, bars)
 
 
 def scan_step(B: int, C: int, N: int) -> Case:
@@ -260,7 +261,25 @@ def scan_step(B: int, C: int, N: int) -> Case:
         return (state * c.float()).sum(-1).unsqueeze(1).to(x.dtype)
 
     names = ("x", "dt", "A", "B", "C", "state")
-    peers = {"torch.compile": compiled(formula, *names), "eager": eager(formula, *names)}
+    peers = {"torch.compile": compiled(formula, *names), "eager": eager(formula, *names), "mamba_ssm": _mamba_step}
     size = 2 * 4 * B * C * N + B * C * (2 * SIZE + 4) + 4 * C * N
     bars = {"× torch.compile": 1.0, "copy rate": 0.8}
     return Case("selective_scan", f"step B {B}", DTYPE, lambda: _scan_inputs(B, 1, C, N), ours, oracle, peers, size, 8 * B * C * N, bars)
+
+
+def _mamba_scan(v: Inputs) -> Callable[[], Any]:
+    """mamba_ssm's CUDA kernel, where it was built: on its own layout, [B, C, T], with steps in the dtype of x and from a zero state."""
+    import selective_scan_cuda
+
+    x, dt, b, c = (v[name].transpose(1, 2).to(v["x"].dtype).contiguous() for name in ("x", "dt", "B", "C"))
+    return lambda: selective_scan_cuda.fwd(x, dt, v["A"], b.unsqueeze(1), c.unsqueeze(1), None, None, None, False)
+
+
+def _mamba_step(v: Inputs) -> Callable[[], Any]:
+    """mamba_ssm's step, in place on its own copy of the state; it does not run without a skip and a bias, so both are zero."""
+    without_init("mamba_ssm")
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+    state, zero = v["state"].clone(), torch.zeros(v["A"].shape[0], device="cuda")
+    x, dt, b, c = (v[name][:, 0] for name in ("x", "dt", "B", "C"))
+    return lambda: selective_state_update(state, x, dt, v["A"], b, c, D=zero, dt_bias=zero)

@@ -4,10 +4,7 @@ B batch   T tokens   H heads   P head dimension   G groups   N state   F rotated
 """
 
 import os
-import sys
 from collections.abc import Callable
-from importlib.util import find_spec
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +12,7 @@ from torch import Tensor
 
 import wm_kernels as ops
 from kernel_cases import Case, Inputs, Peer, Space, grid
-from kernel_cases._common import compiled, generator, normal, once
+from kernel_cases._common import compiled, generator, normal, once, without_init
 from wm_graph.tolerances import UNIT_ROUNDOFF, op_limit
 from wm_kernels.rope import rope_reference
 from wm_kernels.ssd_scan import ssd_scan_reference
@@ -33,7 +30,9 @@ def cases() -> list[Case]:
     bars = {"× mamba_ssm + rope": 2.5, "× chunk_simple_gla + rope": 1.3}
     made.append(prefill("S2", 4, 4096, 16, 128, 16, 128, 64, bars))
     made += [prefill(f"T {T} B 1", 1, T, 16, 128, 16, 128, 64, {"× mamba_ssm": 3.0, "launches": 2}) for T in (64, 128, 256, 512)]
-    return [*made, step(128, 16, 128, 128, {"copy rate": 0.85, "× mamba_ssm": 1.0}), step(1, 16, 128, 128, {})]
+    made += [step(128, 16, 128, 128, {"copy rate": 0.85, "× mamba_ssm": 1.0}), step(1, 16, 128, 128, {})]
+    # Token after token, with the same bits for every split: at most twice the time of as many steps.
+    return made + [exact(128, T, 16, 128, 128, {"time ÷ step B 128": 2.0 * T}) for T in (1, 16)]
 
 
 def spaces() -> list[Space]:
@@ -104,6 +103,28 @@ def step(B: int, H: int, P: int, N: int, bars: dict[str, float]) -> Case:
     return Case("ssd_scan_rope", f"step B {B}", DTYPE, *case)
 
 
+def exact(B: int, T: int, H: int, P: int, N: int, bars: dict[str, float]) -> Case:
+    """T tokens with exact numerics, the state in place."""
+    by_token = ("x", "dt", "B", "C", "cos", "sin")
+
+    def ours(v: Inputs) -> Tensor:
+        with ops.numerics("exact"):
+            return ops.ssd_scan_rope_(v["x"], v["dt"], v["A"], v["B"], v["C"], v["cos"], v["sin"], v["state"], None)
+
+    def oracle(v: Inputs) -> float:
+        """Infinitely wrong where single tokens do not give the bits of the whole."""
+        whole, parts = v | {"state": v["state"].clone()}, v | {"state": v["state"].clone()}
+        y, expected = reference(v)
+        found = ours(whole)
+        pieces = [ours(parts | {key: v[key][:, t : t + 1] for key in by_token}) for t in range(T)]
+        if not torch.equal(torch.cat(pieces, 1), found) or not torch.equal(parts["state"], whole["state"]):
+            return float("inf")
+        return max(over("ssd_scan_rope", found, y), over("ssd_scan_rope", whole["state"], expected))
+
+    made = (lambda: tensors(B, T, H, P, H, N, N // 2, True), ours, oracle, {}, 8 * B * H * N * P, 5 * B * T * H * N * P, bars)
+    return Case("ssd_scan_rope", f"exact T {T} B {B}", DTYPE, *made)
+
+
 def reference(v: Inputs) -> tuple[Tensor, Tensor]:
     """The float64 answer."""
     x, dt, A, b, c = (v[key].double() for key in ("x", "dt", "A", "B", "C"))
@@ -124,16 +145,6 @@ def over(op: str, found: Tensor, truth: Tensor) -> float:
 def rotate(b: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """The rotation that peers lack."""
     return rope_reference(b, cos, sin), rope_reference(c, cos, sin)
-
-
-def without_init(name: str) -> None:
-    """Make a package's modules importable without running its `__init__`, which asks for much that its kernels do not need."""
-    if name not in sys.modules:
-        spec = find_spec(name)
-        if spec is None or spec.submodule_search_locations is None:
-            raise ImportError(f"{name} is not installed")
-        sys.modules[name] = ModuleType(name)
-        sys.modules[name].__path__ = list(spec.submodule_search_locations)
 
 
 def mamba_prefill(v: Inputs) -> Callable[[], Any]:

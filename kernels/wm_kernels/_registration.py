@@ -1,11 +1,15 @@
 """What every op definition shares: the accumulation dtype, shape checks, and autograd through the reference."""
 
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
+
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -74,6 +78,27 @@ def spans(total: int, elements_each: int, elements_at_once: int) -> list[tuple[i
         return [(0, total)]
     step = max(1, elements_at_once // max(1, elements_each))
     return [(start, min(total, start + step)) for start in range(0, max(total, 1), step)]
+
+
+def register_kernel(op: CustomOpDef, device_type: str) -> Callable[[Kernel], Kernel]:
+    """Make a function the implementation of `op` on a type of device, as `op.register_kernel` does, for less at every call.
+
+    That one keeps torch's compiler from looking into the function, for which it imports the compiler at the first call: it takes seconds.
+    Until somebody else has imported it, there is nothing to keep out. Nor are outputs compared with inputs, which they never alias.
+    """
+
+    def register(function: Kernel) -> Kernel:
+        @cache
+        def kept_out() -> Callable[..., Any]:
+            return torch.compiler.disable(function)
+
+        def implementation(*arguments: Any) -> Any:
+            return kept_out()(*arguments) if "torch._dynamo" in sys.modules else function(*arguments)
+
+        op._lib.impl(op._name, implementation, device_type.upper())
+        return function
+
+    return register
 
 
 def register_reference_autograd(op: CustomOpDef, reference: Callable[..., Any]) -> None:

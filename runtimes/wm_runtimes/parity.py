@@ -59,7 +59,8 @@ class ParityRow:
         max_abs_limit: its limit, at the scale of these logits.
         choice_rate: share of choices that differ from the oracle's.
         choice_rate_limit: its limit.
-        choice_excess: worst shortfall of a choice over its score budget; at most 1.
+        choice_excess: worst shortfall of a choice over its score budget.
+        choice_excess_limit: its limit, 1 unless the model amplifies rounding.
         tokens_per_s: tokens decoded per second, all rows together.
     """
 
@@ -73,6 +74,7 @@ class ParityRow:
     choice_rate: float
     choice_rate_limit: float
     choice_excess: float
+    choice_excess_limit: float
     tokens_per_s: float
 
     @property
@@ -82,7 +84,7 @@ class ParityRow:
             ("R", self.R, self.R_limit),
             ("max abs", self.max_abs, self.max_abs_limit),
             ("differing choices", self.choice_rate, self.choice_rate_limit),
-            ("choice shortfall over budget", self.choice_excess, 1.0),
+            ("choice shortfall over budget", self.choice_excess, self.choice_excess_limit),
         )
         return over_limits(checks)
 
@@ -282,8 +284,7 @@ class _Measurement:
             done = index * (1 + len(self.runtimes))
             progress(f"oracle and eager, {index + 1} of {len(self.groups)}", done / stages)
             own, eager = self.oracle.run(draws), run_draws(yardstick, draws)
-            moved = self.oracle.run(draws, {name: own.choices[name] for name in self.names}, self.u)
-            self.moved.add((moved.logits_BTV - own.logits_BTV)[draws.mask_BT], NOTHING_CHOSEN)
+            self._move(draws, own)
             self._add(self.eager, draws, own, eager)
             self.scale_squares += float(np.square(own.logits_BTV[draws.mask_BT]).sum())
             for place, (name, teller) in enumerate(telling.items()):
@@ -300,6 +301,15 @@ class _Measurement:
 
     def _options(self, name: str) -> dict[str, Any]:
         return {**graph_option(name), **self.options.get(name, {})}
+
+    def _move(self, draws: Draws, own: Trace) -> None:
+        """By how much the oracle's logits and choices move with its weights; its logits, at its own choices."""
+        moved, judgement = self.oracle.run(draws, noise=self.u), NOTHING_CHOSEN
+        if self.names:
+            _, judgement = self.oracle.follow(draws, own, {name: moved.choices[name] for name in self.names})
+        if judgement.differing:
+            moved = self.oracle.run(draws, {name: own.choices[name] for name in self.names}, self.u)
+        self.moved.add((moved.logits_BTV - own.logits_BTV)[draws.mask_BT], judgement)
 
     def _add(self, sums: _Sums, draws: Draws, own: Trace, trace: Trace) -> None:
         expected_BTV, judgement = self.oracle.follow(draws, own, trace.choices)
@@ -330,5 +340,6 @@ class _Measurement:
             choice_rate=sums.judgement.rate,
             choice_rate_limit=limit.choice_rate,
             choice_excess=sums.judgement.excess,
+            choice_excess_limit=limit.choice_excess_at(self.moved.judgement.excess),
             tokens_per_s=self.batch / median(seconds) if seconds else 0.0,
         )

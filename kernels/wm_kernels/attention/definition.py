@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wm_kernels._registration import check_dtype, check_shapes, check_that, check_together, register_reference_autograd
+from wm_kernels.numerics import exact
 from wm_kernels.triton_support import served
 
 
@@ -99,6 +100,16 @@ def attend_in_place(
     return _attend(q_BTHP, cache_k_BKSP[:, :, :live], cache_v_BKSP[:, :, :live], position_B)
 
 
+def attend_without_cache(q_BTHP: Tensor, k_BTKP: Tensor, v_BTKP: Tensor, valid_B: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """As `attention_reference` does, and by torch's own attention; in `numerics` "exact" on CUDA, by the bits of calls with a cache."""
+    if not (q_BTHP.is_cuda and served(q_BTHP) and exact()):
+        return attention_reference(q_BTHP, k_BTKP, v_BTKP, None, None, None, valid_B)
+    from wm_kernels.attention.triton_op import attend_triton
+
+    empty_BK0P = k_BTKP.new_empty((k_BTKP.shape[0], k_BTKP.shape[2], 0, k_BTKP.shape[3]))
+    return attend_triton(q_BTHP, k_BTKP.transpose(1, 2), v_BTKP.transpose(1, 2), None), empty_BK0P, empty_BK0P.clone()
+
+
 def check_attention(
     op: str,
     q_BTHP: Tensor,
@@ -139,7 +150,7 @@ def attention(
     """See `attention_reference`."""
     check_attention("attention", q_BTHP, k_BTKP, v_BTKP, cache_k_BKSP, cache_v_BKSP, position_B, valid_B)
     if cache_k_BKSP is None or cache_v_BKSP is None or position_B is None:
-        out, cache_k, cache_v = attention_reference(q_BTHP, k_BTKP, v_BTKP, None, None, None, valid_B)
+        out, cache_k, cache_v = attend_without_cache(q_BTHP, k_BTKP, v_BTKP, valid_B)
         return out.contiguous(), cache_k, cache_v
     cache_k = cache_k_BKSP.clone(memory_format=torch.contiguous_format)
     cache_v = cache_v_BKSP.clone(memory_format=torch.contiguous_format)

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
+from wm_kernels.attention import triton_exact as in_chunks
 from wm_kernels.attention import triton_kernel as kernels
 from wm_kernels.triton_configs import config
-from wm_kernels.triton_launch import Launch, Plan, Scratch, strides_of
+from wm_kernels.triton_first_call import compile_together
+from wm_kernels.triton_launch import Launch, Plan, Scratch, architecture, strides_of
 from wm_kernels.triton_support import blocks, dtype_name, power_of_two
 
+MOST_SHARES = 64  # a program joins all shares of a row in registers
 Strides = tuple[tuple[str, tuple[int, ...]], ...]
 Layout = tuple[tuple[str, torch.Size, tuple[int, ...]], ...]  # names, shapes and strides of tensors
 
@@ -29,9 +32,10 @@ def fitted(values: Mapping[str, Any], P: int) -> dict[str, Any]:
     return {name: max(16, value // wider) if name in ("BLOCK_R", "BLOCK_N") else value for name, value in values.items()}
 
 
-def regime(T: int, G: int, cached: bool) -> str:
-    """`shares` for a few tokens over a cache, whose cells are then split among programs; otherwise `cells`."""
-    return "shares" if cached and T * G <= 64 else "cells"
+def regime(T: int, cached: bool, most: int, exact: bool = False) -> str:
+    """Up to `most` tokens over a cache have its cells split among programs: `shares`, where bits count `chunks`. Else `cells` or `walk`."""
+    few = cached and most >= T
+    return ("chunks" if few else "walk") if exact else ("shares" if few else "cells")
 
 
 def shares_of(programs: int, wanted: int, most: int) -> int:
@@ -44,8 +48,9 @@ def shares_of(programs: int, wanted: int, most: int) -> int:
 
 @lru_cache(maxsize=1024)
 def plan(
-    B: int, T: int, H: int, K: int, A: int, P: int, L: int, scoring: str, cached: bool, dtype: torch.dtype, arch: str, strides: Strides
-) -> Plan:
+    B: int, T: int, H: int, K: int, A: int, P: int, L: int, scoring: str, cached: bool, dtype: torch.dtype, arch: str, strides: Strides,
+    exact: bool = False,
+) -> Plan:  # fmt: skip
     """Attention to cells 0 .. position + t, or 0 .. t without a cache.
 
     Args:
@@ -61,17 +66,19 @@ def plan(
         dtype: of q, k and v.
         arch: see `triton_launch.architecture`.
         strides: in elements, of q_BTHP, k_BLKP, v_BLKP and score_BAL, axes in the order of these names; P's stride is 1.
+        exact: whether the bits may not depend on how tokens are split into calls.
     """
-    G = H // K
-    chosen = regime(T, G, cached)
-    values = fitted(config("attention", arch, dtype_name(dtype), chosen, (("P", P), ("G", G))), P)
-    build = _shares if chosen == "shares" else _cells
+    G, dims = H // K, (("P", P), ("G", H // K))
+    cells, shares = (fitted(config("attention", arch, dtype_name(dtype), name, dims), P) for name in ("cells", "shares"))
+    # Where bits count, all tiles are those of many tokens.
+    chosen = regime(T, cached, cells["BLOCK_R"] // _heads(G, cells) if exact else _rows(G, shares) // G, exact)
+    build, values = {"cells": (_cells, cells), "shares": (_shares, shares), "chunks": (_chunks, cells), "walk": (_walk, cells)}[chosen]
     return build(B, T, H, K, A, P, L, scoring, cached, values, dict(strides))
 
 
 @lru_cache(maxsize=1024)
-def planned(layout: Layout, scoring: str, dtype: torch.dtype, arch: str) -> Plan:
-    """The plan of a call by its tensors' layout, k_BKLP and v_BKLP: a step looks up what one before it has made."""
+def planned(layout: Layout, scoring: str, exact: bool, dtype: torch.dtype, device: torch.device) -> Plan:
+    """The plan of a call by its tensors' layout, k_BKLP and v_BKLP, compiled: a step looks up what one before it has made."""
     shapes = {name: shape for name, shape, _ in layout}
     outer = {name: strides_of(shape, stride) for name, shape, stride in layout}
     for name in "kv":
@@ -79,7 +86,10 @@ def planned(layout: Layout, scoring: str, dtype: torch.dtype, arch: str) -> Plan
         outer[name] = (b, cell, k, p)  # as tokens have them
     (B, T, H, P), (K, L) = shapes["q"], shapes["k"][1:3]
     A = shapes["score"][1] if "score" in shapes else 1
-    return plan(B, T, H, K, A, P, L, scoring, "position" in shapes, dtype, arch, tuple(outer.items()))
+    made = plan(B, T, H, K, A, P, L, scoring, "position" in shapes, dtype, architecture(device), tuple(outer.items()), exact)
+    known = {**dict.fromkeys(("q", "k", "v", "out"), dtype), "score": torch.float32, "position": torch.int64}
+    compile_together(made, known, device)
+    return made
 
 
 def _outer(strides: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
@@ -91,20 +101,58 @@ def _tensors(scoring: str, cached: bool) -> tuple[str, str, str, str, str]:
     return "q", "k", "v", "score" if scoring != "none" else "q", "position" if cached else "q"
 
 
+def _heads(G: int, values: Mapping[str, Any]) -> int:
+    """Of a tile, which has BLOCK_R // heads queries."""
+    return min(G, values["BLOCK_R"])
+
+
+def _tile(H: int, K: int, A: int, P: int, scoring: str, cached: bool, values: Mapping[str, Any]) -> dict[str, Any]:
+    R, N, heads = values["BLOCK_R"], values["BLOCK_N"], _heads(H // K, values)
+    if scoring != "none" and not (A <= K and K % A == 0):
+        N = max(16, N // 2)  # heads that share keys have scores of their own, which fill a tile too
+    return {
+        "H": H, "K": K, "A": A, "P": P, "BLOCK_P": block_of(P), "HEADS": heads, "QUERIES": R // heads, "BLOCK_R": R,
+        "BLOCK_N": N, "SCALE": P**-0.5, "SCORING": scoring, "HAS_POSITION": cached,
+    }  # fmt: skip
+
+
 def _cells(
     B: int, T: int, H: int, K: int, A: int, P: int, L: int, scoring: str, cached: bool, values: Mapping[str, Any],
     strides: Mapping[str, tuple[int, ...]]
 ) -> Plan:  # fmt: skip
-    G, R = H // K, values["BLOCK_R"]
-    heads = min(G, R)
-    queries = R // heads
-    constants = {
-        "H": H, "K": K, "A": A, "P": P, "BLOCK_P": block_of(P), "HEADS": heads, "QUERIES": queries, "BLOCK_R": R,
-        "BLOCK_N": values["BLOCK_N"], "SCALE": P**-0.5, "SCORING": scoring, "HAS_POSITION": cached,
-    }  # fmt: skip
-    grid = (blocks(T, queries), K * blocks(G, heads), B)
+    constants = _tile(H, K, A, P, scoring, cached, values)
+    grid = (blocks(T, constants["QUERIES"]), K * blocks(H // K, constants["HEADS"]), B)
     arguments: tuple[str | int, ...] = (*_tensors(scoring, cached), "out", *_outer(strides), T, L)
     return Plan((Launch(kernels.attend_cells, grid, arguments, constants, values["num_warps"], values["num_stages"]),))
+
+
+def _walk(
+    B: int, T: int, H: int, K: int, A: int, P: int, L: int, scoring: str, cached: bool, values: Mapping[str, Any],
+    strides: Mapping[str, tuple[int, ...]]
+) -> Plan:  # fmt: skip
+    constants = {**_tile(H, K, A, P, scoring, cached, values), "CHUNK": values["chunk"], "APART": False}
+    grid = (blocks(T, constants["QUERIES"]), K * blocks(H // K, constants["HEADS"]), B)
+    arguments: tuple[str | int, ...] = (*_tensors(scoring, cached), "q", "q", "out", *_outer(strides), T, L, blocks(L, values["chunk"]))
+    return Plan((Launch(in_chunks.attend_chunks, grid, arguments, constants, values["num_warps"], values["num_stages"]),))
+
+
+def _chunks(
+    B: int, T: int, H: int, K: int, A: int, P: int, L: int, scoring: str, cached: bool, values: Mapping[str, Any],
+    strides: Mapping[str, tuple[int, ...]]
+) -> Plan:  # fmt: skip
+    constants, chunks = {**_tile(H, K, A, P, scoring, cached, values), "CHUNK": values["chunk"], "APART": True}, blocks(L, values["chunk"])
+    arguments: tuple[str | int, ...] = (*_tensors(scoring, cached), "acc", "tops", "q", *_outer(strides), T, L, chunks)
+    grid = (chunks, K * blocks(H // K, constants["HEADS"]), B)
+    attend = Launch(in_chunks.attend_chunks, grid, arguments, constants, values["num_warps"], values["num_stages"])
+    of_row = {"H": H, "P": P, "BLOCK_P": block_of(P), "CHUNK": values["chunk"]}
+    join = Launch(in_chunks.join_chunks, (T, H, B), ("acc", "tops", "position", "out", T, L, chunks), of_row, 1, 2)
+    scratch = {"acc": Scratch((B, chunks, T, H, P), torch.float32), "tops": Scratch((B, chunks, T, H, 2), torch.float32)}
+    return Plan((attend, join), scratch)
+
+
+def _rows(G: int, values: Mapping[str, Any]) -> int:
+    """Of a tile of a share: the same for all numbers of tokens, which then share a compilation."""
+    return max(values["rows"], block_of(G))
 
 
 def _shares(
@@ -112,8 +160,8 @@ def _shares(
     strides: Mapping[str, tuple[int, ...]]
 ) -> Plan:  # fmt: skip
     G, N = H // K, values["BLOCK_N"]
-    R = block_of(T * G)
-    shares = shares_of(B * K, values["programs"], max(1, L // N))
+    R = _rows(G, values)
+    shares = shares_of(B * K, values["programs"], min(MOST_SHARES, max(1, L // N)))
     dims = {"H": H, "K": K, "P": P, "BLOCK_P": block_of(P), "BLOCK_R": R}
     partial = Launch(
         kernels.attend_some_cells,

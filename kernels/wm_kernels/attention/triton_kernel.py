@@ -177,17 +177,17 @@ def attend_some_cells(
         acc_RP, best_R, total_R, q_RP, k, v, score, score_row_R, seen + t_R, start, end, k_n, v_n, score_n, SCALE, SCORING, PER_ROW, True,
         P, BLOCK_P, BLOCK_N
     )  # fmt: skip
-    store_partial(acc, tops, acc_RP, best_R, total_R, (b * K + kv) * shares + share, P, BLOCK_P, BLOCK_R)
+    store_partial(acc, tops, acc_RP, best_R, total_R, (b * K + kv) * shares + share, T * G, P, BLOCK_P, BLOCK_R)
 
 
 @triton.jit
-def store_partial(acc, tops, acc_RP, best_R, total_R, place, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr):
-    """One share's partial softmax; `place` is its number among all."""
+def store_partial(acc, tops, acc_RP, best_R, total_R, place, rows, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The first `rows` rows of one share's partial softmax; `place` is its number among all."""
     row_R = tl.arange(0, BLOCK_R)
     p_P = tl.arange(0, BLOCK_P)
-    tl.store(acc + (place * BLOCK_R + row_R)[:, None] * P + p_P[None, :], acc_RP, mask=(p_P < P)[None, :])
-    tl.store(tops + place * 2 * BLOCK_R + row_R, best_R)
-    tl.store(tops + (place * 2 + 1) * BLOCK_R + row_R, total_R)
+    tl.store(acc + (place * BLOCK_R + row_R)[:, None] * P + p_P[None, :], acc_RP, mask=(row_R < rows)[:, None] & (p_P < P)[None, :])
+    tl.store(tops + place * 2 * BLOCK_R + row_R, best_R, mask=row_R < rows)
+    tl.store(tops + (place * 2 + 1) * BLOCK_R + row_R, total_R, mask=row_R < rows)
 
 
 @triton.jit

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from wm_kernels.attention.plan import planned
-from wm_kernels.triton_launch import architecture, run
+from wm_kernels.numerics import exact
+from wm_kernels.triton_launch import run
 from wm_kernels.triton_support import inner_contiguous
 
 
@@ -20,6 +21,8 @@ def attend_triton(
     scoring: str = "none",
 ) -> Tensor:
     """Softmax attention of token t to cells 0 .. position + t, for float32, float16 and bfloat16.
+
+    In `numerics` "exact", T tokens over a cache give the bits of T calls of one token, and of any split.
 
     Args:
         q_BTHP: queries, already rotated.
@@ -39,5 +42,5 @@ def attend_triton(
         tensors["position"] = position_B.contiguous()
     out_BTHP = torch.empty(q_BTHP.shape, dtype=q_BTHP.dtype, device=q_BTHP.device)
     layout = tuple((name, tensor.shape, tensor.stride()) for name, tensor in tensors.items())
-    run(planned(layout, scoring, q_BTHP.dtype, architecture(q_BTHP.device)), {**tensors, "out": out_BTHP})
+    run(planned(layout, scoring, exact(), q_BTHP.dtype, q_BTHP.device), {**tensors, "out": out_BTHP})
     return out_BTHP

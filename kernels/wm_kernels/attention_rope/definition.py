@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from wm_kernels._registration import check_shapes, check_that, register_reference_autograd
-from wm_kernels.attention.definition import attend_in_place, attention_reference, check_attention
+from wm_kernels.attention.definition import attend_in_place, attend_without_cache, attention_reference, check_attention
 from wm_kernels.rope.definition import rope_reference
 
 
@@ -100,7 +100,7 @@ def attention_rope(
     qkv = _rotated("attention_rope", qkv_BTC, cos_BTF, sin_BTF, n_head, n_kv_head, head_dim)
     check_attention("attention_rope", *qkv, cache_k_BKSP, cache_v_BKSP, position_B, valid_B)
     if cache_k_BKSP is None or cache_v_BKSP is None or position_B is None:
-        out, cache_k, cache_v = attention_reference(*qkv, None, None, None, valid_B)
+        out, cache_k, cache_v = attend_without_cache(*qkv, valid_B)
     else:
         cache_k = cache_k_BKSP.clone(memory_format=torch.contiguous_format)
         cache_v = cache_v_BKSP.clone(memory_format=torch.contiguous_format)

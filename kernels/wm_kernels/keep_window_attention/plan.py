@@ -12,14 +12,23 @@ import torch
 
 from wm_kernels.attention.plan import Layout, Strides, block_of, fitted, shares_of
 from wm_kernels.attention.plan import plan as plan_cells
+from wm_kernels.keep_window_attention import triton_exact as in_order
 from wm_kernels.keep_window_attention import triton_kernel as kernels
 from wm_kernels.keep_window_attention import triton_select as select
 from wm_kernels.triton_configs import config
-from wm_kernels.triton_launch import Launch, Plan, Scratch, strides_of
+from wm_kernels.triton_first_call import compile_together
+from wm_kernels.triton_launch import Launch, Plan, Scratch, architecture, strides_of
 from wm_kernels.triton_support import blocks, dtype_name, power_of_two
 
 SLOTS = ("slot_k", "slot_v", "slot_score", "slot_position")
 NEW_SLOTS = ("new_k", "new_v", "new_score", "new_position")
+
+
+def dtypes(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Of the tensors that a plan may name, for queries of this dtype."""
+    same = dict.fromkeys(("q", "k", "v", "slot_k", "slot_v", "new_k", "new_v", "out"), dtype)
+    scores = dict.fromkeys(("score", "slot_score", "new_score"), torch.float32)
+    return {**same, **scores, **dict.fromkeys(("slot_position", "new_position", "position", "valid"), torch.int64)}
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,7 @@ class Call:
         dtype: of q, k and v.
         arch: see `triton_launch.architecture`.
         strides: of every tensor by its name in the plan, in elements; those along P are 1.
+        exact: whether the bits may not depend on how tokens are split into calls; the slots given are then written.
     """
 
     B: int
@@ -53,6 +63,7 @@ class Call:
     dtype: torch.dtype
     arch: str
     strides: Strides
+    exact: bool = False
 
     @property
     def S(self) -> int:
@@ -60,8 +71,10 @@ class Call:
         return self.W if self.slots else 0
 
 
-def regime(T: int, W: int, slots: bool) -> str:
-    """`step`: one token and slots. `causal`: no key can leave. `listed`: each block of queries has a list of live keys."""
+def regime(T: int, W: int, slots: bool, exact: bool = False) -> str:
+    """`step`: one token and slots. `causal`: no key can leave. `listed`: each block of queries has a list of live keys. `exact`: any T."""
+    if exact:
+        return "exact"
     if slots:
         return "step" if T == 1 else "listed"
     return "causal" if T <= W else "listed"
@@ -70,22 +83,25 @@ def regime(T: int, W: int, slots: bool) -> str:
 @lru_cache(maxsize=1024)
 def plan(call: Call) -> Plan:
     """The launches of one call: tensors are named as in `Call.strides`, outputs `out` and, unless in place, `new_k` and so on."""
-    chosen = regime(call.T, call.W, call.slots)
+    chosen = regime(call.T, call.W, call.slots, call.exact)
     if chosen == "causal":
         return _causal(call)
     dims = (("P", call.P), ("G", call.H // call.K))
     values = fitted(config("keep_window_attention", call.arch, dtype_name(call.dtype), chosen, dims), call.P)
-    return _step(call, values) if chosen == "step" else _listed(call, values)
+    return {"step": _step, "listed": _listed, "exact": _exact}[chosen](call, values)
 
 
 @lru_cache(maxsize=1024)
-def planned(layout: Layout, window: int, in_place: bool, dtype: torch.dtype, arch: str) -> Plan:
-    """The plan of a call by its tensors' layout: a step looks up what one before it has made."""
+def planned(layout: Layout, window: int, in_place: bool, exact: bool, dtype: torch.dtype, device: torch.device) -> Plan:
+    """The plan of a call by its tensors' layout, compiled: a step looks up what one before it has made."""
     shapes = {name: shape for name, shape, _ in layout}
     (B, T, H, P), K = shapes["q"], shapes["k"][2]
     W = shapes["slot_k"][2] if "slot_k" in shapes else window
     outer = tuple((name, strides_of(shape, stride)) for name, shape, stride in layout)
-    return plan(Call(B, T, H, K, P, W, "slot_k" in shapes, "valid" in shapes, in_place, dtype, arch, outer))
+    given = "slot_k" in shapes, "valid" in shapes
+    made = plan(Call(B, T, H, K, P, W, *given, in_place, dtype, architecture(device), outer, exact))
+    compile_together(made, dtypes(dtype), device)
+    return made
 
 
 def _causal(call: Call) -> Plan:
@@ -238,3 +254,58 @@ def _refill(call: Call, of: _Blocks, values: Mapping[str, Any]) -> Launch:
     constants = {"K": call.K, "P": call.P, "BLOCK_P": block_of(call.P), "W": call.W, "IN_PLACE": call.in_place, "BLOCK": values["BLOCK_S"]}
     grid = (blocks(call.W, values["BLOCK_S"]), call.K, call.B)
     return Launch(kernels.refill_slots, grid, (*tensors, *outer, call.S + call.T, of.chunks), constants)
+
+
+def _exact(call: Call, values: Mapping[str, Any]) -> Plan:
+    B, T, K, P, W, CHUNK = call.B, call.T, call.K, call.P, call.W, values["CHUNK"]
+    strides, chunks = dict(call.strides), blocks(T, CHUNK)
+    token = tuple(stride for name in ("k", "v", "score") for stride in strides[name][:3])
+    cache: tuple[int, ...] = (0,) * 12
+    # Slots that are not there are named after other tensors; no kernel reads them.
+    tensors: tuple[str, ...] = ("k", "v", "score", "score")
+    position, valid = "score", "valid" if call.valid else "score"
+    if call.slots:
+        tensors, position = SLOTS, "position"
+        cache = tuple(stride for name in SLOTS for stride in strides[name][:3])
+    choose = Launch(
+        in_order.choose_slots,
+        (K, B),
+        ("score", *tensors[2:], position, valid, "place", "holder", *token[6:], *cache[6:], T, chunks),
+        {"K": K, "W": W, "BLOCK_W": power_of_two(W), "CHUNK": CHUNK, "HAS_SLOTS": call.slots, "HAS_VALID": call.valid},
+        min(32, max(values["choose_warps"], power_of_two(W) // 1024)),
+        1,
+    )
+    apart, spans = T == 1, blocks(W, values["SPAN"])
+    constants = {
+        "H": call.H, "K": K, "P": P, "BLOCK_P": block_of(P), "W": W, "BLOCK_R": block_of(call.H // K), "BLOCK_N": values["BLOCK_N"],
+        "SPAN": values["SPAN"], "CHUNK": CHUNK, "HAS_SLOTS": call.slots, "SCALE": P**-0.5, "APART": apart,
+    }  # fmt: skip
+    partial = ("acc", "tops") if apart else ("place", "place")
+    attend = Launch(
+        in_order.attend_in_slot_order,
+        (spans if apart else T, K, B),
+        ("q", "k", "v", "score", *tensors[:3], "place", "holder", *partial, "out", *strides["q"][:3], *token, *cache[:9], T, chunks),
+        constants,
+        values["num_warps"],
+        values["num_stages"],
+    )
+    scratch = {"place": Scratch((B, K, T), torch.int32), "holder": Scratch((B, K, chunks + 1, W), torch.int32)}
+    if apart:
+        scratch |= {"acc": Scratch((B, call.H, spans, P), torch.float32), "tops": Scratch((B, call.H, spans, 2), torch.float32)}
+        join = Launch(
+            in_order.join_spans_and_take_slot,
+            (call.H, B),
+            ("k", "v", "score", *tensors, position, "place", "acc", "tops", "out", *(token[i] for i in (0, 2, 3, 5, 6, 8)), *cache),
+            {"H": call.H, "K": K, "P": P, "BLOCK_P": block_of(P), "SPANS": spans, "HAS_SLOTS": call.slots},
+            1,
+        )
+        return Plan((choose, attend, join), scratch)
+    if not call.slots:
+        return Plan((choose, attend), scratch)
+    take = Launch(
+        in_order.take_slots,
+        (blocks(W, values["BLOCK_S"]), K, B),
+        ("k", "v", "score", *SLOTS, "position", "holder", *token, *cache, chunks),
+        {"K": K, "P": P, "BLOCK_P": block_of(P), "W": W, "BLOCK": values["BLOCK_S"]},
+    )
+    return Plan((choose, attend, take), scratch)

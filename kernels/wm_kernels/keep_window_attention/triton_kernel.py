@@ -159,7 +159,7 @@ def _worst(slot_score, slot_position, score_w, position_w, W: tl.constexpr, BLOC
 
 
 @triton.jit
-def _put(
+def put(
     k, v, score, slot_k, slot_v, slot_score, slot_position, place, wins, seen, slot_k_w, slot_v_w, slot_score_w, slot_position_w,
     P: tl.constexpr, BLOCK_P: tl.constexpr
 ):  # fmt: skip
@@ -240,12 +240,12 @@ def attend_slots(
         at = out + (b * H + h_R)[:, None] * P + p_P[None, :]
         tl.store(at, normalized(acc_RP, total_R).to(out.dtype.element_ty), mask=ok_R[:, None] & (p_P < P)[None, :])
         tl.debug_barrier()  # every thread has read the slots
-        _put(
+        put(
             k, v, score, slot_k, slot_v, slot_score, slot_position, place, wins, seen, slot_k_w, slot_v_w, slot_score_w, slot_position_w, P,
             BLOCK_P
         )  # fmt: skip
     else:
-        store_partial(acc, tops, acc_RP, new_best_R, total_R, (b * K + kv) * SHARES + share, P, BLOCK_P, BLOCK_R)
+        store_partial(acc, tops, acc_RP, new_best_R, total_R, (b * K + kv) * SHARES + share, G, P, BLOCK_P, BLOCK_R)
         tl.store(choice + b * K + kv, tl.where(wins, place, -1), mask=share == 0)
 
 
@@ -265,7 +265,7 @@ def combine_and_replace(
     tl.store(out + (b * H + h) * P + p_P, value_P.to(out.dtype.element_ty), mask=p_P < P)
     place = tl.load(choice + b * K + kv)
     wins = (place >= 0) & (h % G == 0)
-    _put(
+    put(
         k + b * k_b + kv * k_k, v + b * v_b + kv * v_k, score + b * score_b + kv * score_k, slot_k + b * slot_k_b + kv * slot_k_k,
         slot_v + b * slot_v_b + kv * slot_v_k, slot_score + b * slot_score_b + kv * slot_score_k,
         slot_position + b * slot_position_b + kv * slot_position_k, place, wins, tl.load(position + b), slot_k_w, slot_v_w, slot_score_w,

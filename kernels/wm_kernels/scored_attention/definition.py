@@ -17,6 +17,7 @@ from wm_kernels._registration import (
     register_reference_autograd,
     spans,
 )
+from wm_kernels.numerics import exact
 from wm_kernels.triton_support import served
 
 SCORINGS = ("additive", "binary", "ratio")
@@ -176,6 +177,10 @@ def _in_place(
         from wm_kernels.attention.triton_op import attend_triton
 
         return attend_triton(q_BTHP, caches[0], caches[1], position_B, caches[2], scoring)
+    if q_BTHP.is_cuda and served(q_BTHP) and exact() and q_BTHP.shape[1] > 1:
+        # Scoring "ratio" has no kernel, and the bits of torch's products depend on the shape of the call.
+        k, v, score = caches
+        return torch.cat([_attend(q, k, v, score, position_B + t, scoring, ratio) for t, q in enumerate(q_BTHP.split(1, 1))], 1)
     live = caches[0].shape[2]
     if position_B.device.type == "cpu" and position_B.numel():
         # Reading a number from a CPU tensor costs nothing, and a cache is mostly unused; on a GPU it would wait for the device.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wm_kernels._registration import acc_dtype, check_dtype, check_shapes, spans
+from wm_kernels._registration import acc_dtype, check_dtype, check_shapes, register_kernel, spans
 from wm_kernels.triton_support import served
 
 SPAN_ELEMENTS = 2**18  # entries of one span's states: 1 MB in float32, so that a span's tensors stay in cache
@@ -121,7 +121,7 @@ def selective_scan(
     return y_BTC.contiguous(), state.contiguous()
 
 
-@selective_scan.register_kernel("cuda")
+@register_kernel(selective_scan, "cuda")
 def _(
     x_BTC: Tensor,
     dt_BTC: Tensor,
@@ -134,10 +134,12 @@ def _(
     if not served(x_BTC, B_BTN, C_BTN):
         y_BTC, state = selective_scan_reference(x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, valid_B)
         return y_BTC.contiguous(), state.contiguous()
-    _check("selective_scan", x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, valid_B)
     from wm_kernels.selective_scan.triton_op import selective_scan_triton
 
-    return selective_scan_triton(x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, valid_B)
+    def check() -> None:
+        _check("selective_scan", x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, valid_B)
+
+    return selective_scan_triton(x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, valid_B, check=check)
 
 
 @selective_scan.register_fake
@@ -256,7 +258,7 @@ def selective_scan_(
     return _scan(x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, valid_B)[0].contiguous()
 
 
-@selective_scan_.register_kernel("cuda")
+@register_kernel(selective_scan_, "cuda")
 def _(
     x_BTC: Tensor,
     dt_BTC: Tensor,
@@ -266,12 +268,15 @@ def _(
     state_BCN: Tensor,
     valid_B: Tensor | None,
 ) -> Tensor:
-    _check("selective_scan_", x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, valid_B)
+    def check() -> None:
+        _check("selective_scan_", x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, valid_B)
+
     if not served(x_BTC, B_BTN, C_BTN):
+        check()
         return _scan(x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, valid_B)[0].contiguous()
     from wm_kernels.selective_scan.triton_op import selective_scan_triton
 
-    return selective_scan_triton(x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, valid_B, state_BCN)[0]
+    return selective_scan_triton(x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, valid_B, state_BCN, check)[0]
 
 
 @selective_scan_.register_fake

@@ -14,30 +14,40 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
+@triton.jit
+def _column(tile, u, k: tl.constexpr):
+    """One column of a tile whose rows each belong to one thread: it has that entry, and the compiler sees that the others are zeros."""
+    return tl.sum(tl.where(u[None, :] == k, tile.to(tl.int32, bitcast=True), 0), 1).to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["T", "CHUNK", "ONE"])
 def selective_scan_kernel(
     x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, valid_B, before, y_BTC, after, total_BKC, T, CHUNK, ONE,
     x_stride_B, x_stride_T, dt_stride_B, dt_stride_T, A_stride, B_stride_B, B_stride_T, C_stride_B, C_stride_T,
     before_stride_B, before_stride_C, after_stride_B, after_stride_C,
     C: tl.constexpr, N: tl.constexpr, HAS_VALID: tl.constexpr, HAS_STATE: tl.constexpr, PART: tl.constexpr,
-    STEP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr, AHEAD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """CHUNK tokens of BLOCK_C channels.
+    """CHUNK tokens of BLOCK_C channels. Grid: B * tiles of C, chunks; the first axis alone has no limit of 65535.
 
     PART is "whole" where one chunk holds all tokens: from the state `before`, outputs and the state `after`. Otherwise it is "states", from
-    zero, where `after` is the chunk's own contribution [B, K, N, C] and the sum of its steps is kept, and then "outputs", where `before`
-    [B, K, N, C] holds the states at the chunks' beginnings.
+    zero, for all chunks but the last: `after` is then [B, K, N, C], whose entry k + 1 gets what chunk k contributes, and the sum of its
+    steps is kept; and then "outputs", where `before` [B, K, N, C] holds the states at the chunks' beginnings.
     """
     one = 1 if STEP else ONE
-    b = tl.program_id(2).to(tl.int64)
+    b = (tl.program_id(0) // tl.cdiv(C, BLOCK_C)).to(tl.int64)
     chunk = tl.program_id(1)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = (tl.program_id(0) % tl.cdiv(C, BLOCK_C)) * BLOCK_C + tl.arange(0, BLOCK_C)
     n = tl.arange(0, BLOCK_N)
     in_C = c < C
     in_N = n < N
     inside = in_C[:, None] & in_N[None, :]
-    A = tl.load(A_CN + c[:, None] * A_stride + n[None, :] * one, mask=inside, other=0) * LOG2E
-    place = (b * tl.num_programs(1) + chunk) * N * C + n[None, :] * C + c[:, None] * one
+    A = tl.load(A_CN + c[:, None] * A_stride + n[None, :] * one, mask=inside, other=0)
+    A = tl.minimum(A, 0.0) * LOG2E
+    slot = b * tl.num_programs(1) + chunk
+    if PART == "states":
+        slot += b + 1  # there is one slot more than programs
+    place = slot * N * C + n[None, :] * C + c[:, None] * one
     state_at = before + b * before_stride_B + c[:, None] * before_stride_C + n[None, :] * one
     if PART == "outputs":
         state = tl.load(before + place, mask=inside, other=0)
@@ -48,75 +58,92 @@ def selective_scan_kernel(
 
     first = chunk * CHUNK
     end = tl.minimum(first + CHUNK, T)
-    count = tl.load(valid_B + b).to(tl.int32) if HAS_VALID else T
+    # A token that does not count is read as zeros: it changes no state, whatever it holds.
+    live = tl.minimum(end, tl.load(valid_B + b).to(tl.int32)) if HAS_VALID else end
     start = first.to(tl.int64)
-    x_at = x_BTC + b * x_stride_B + start * x_stride_T + c
-    dt_at = dt_BTC + b * dt_stride_B + start * dt_stride_T + c
+    u = tl.arange(0, AHEAD)
+    x_at = x_BTC + b * x_stride_B + (start + u[None, :]) * x_stride_T + c[:, None] * one
+    dt_at = dt_BTC + b * dt_stride_B + (start + u[None, :]) * dt_stride_T + c[:, None] * one
     B_at = B_BTN + b * B_stride_B + start * B_stride_T + n
     C_at = C_BTN + b * C_stride_B + start * C_stride_T + n
-    y_at = y_BTC + (b * T + start) * C + c
-    # The next token is read before this one's output is written: the memory's delay passes during the arithmetic.
-    some = first < end
-    x_next = tl.load(x_at, mask=in_C & some, other=0)
-    dt_next = tl.load(dt_at, mask=in_C & some, other=0)
-    B_next = tl.load(B_at, mask=in_N & some, other=0)
-    C_next = tl.load(C_at, mask=in_N & some, other=0)
+    y_at = y_BTC + (b * T + start + u[None, :]) * C + c[:, None] * one
+    # What comes next is read before it is needed, AHEAD tokens of x and dt and two of B and C: the memory's delay passes during the
+    # arithmetic, so that few programs suffice.
+    x_next = tl.load(x_at, mask=in_C[:, None] & (first + u < live)[None, :], other=0)
+    dt_next = tl.load(dt_at, mask=in_C[:, None] & (first + u < live)[None, :], other=0)
+    B_first, C_first = tl.load(B_at, mask=in_N & (first < live), other=0), tl.load(C_at, mask=in_N & (first < live), other=0)
+    B_at += B_stride_T
+    C_at += C_stride_T
+    B_second, C_second = tl.load(B_at, mask=in_N & (first + 1 < live), other=0), tl.load(C_at, mask=in_N & (first + 1 < live), other=0)
     total = tl.zeros((BLOCK_C,), tl.float32)
-    for t in range(first, end):
-        x, dt, B, read = x_next.to(tl.float32), dt_next, B_next.to(tl.float32), C_next.to(tl.float32)
-        more = t + 1 < end
-        x_at += x_stride_T
-        dt_at += dt_stride_T
-        B_at += B_stride_T
-        C_at += C_stride_T
-        x_next = tl.load(x_at, mask=in_C & more, other=0)
-        dt_next = tl.load(dt_at, mask=in_C & more, other=0)
-        B_next = tl.load(B_at, mask=in_N & more, other=0)
-        C_next = tl.load(C_at, mask=in_N & more, other=0)
-        dt = tl.where(t < count, dt, 0.0)
-        decay = tl.exp2(tl.minimum(dt[:, None] * A, 0.0))
-        state = decay * state + (dt * x)[:, None] * B[None, :]
-        if PART == "states":
-            total += dt
-        else:
-            y = tl.sum(state * read[None, :], 1)
-            tl.store(y_at, y.to(y_BTC.dtype.element_ty), mask=in_C)
-            y_at += C
+    for t in range(first, end, AHEAD):
+        x, dt = x_next.to(tl.float32), tl.maximum(dt_next, 0.0)
+        x_at += AHEAD * x_stride_T
+        dt_at += AHEAD * dt_stride_T
+        more = in_C[:, None] & (t + AHEAD + u < live)[None, :]
+        x_next = tl.load(x_at, mask=more, other=0)
+        dt_next = tl.load(dt_at, mask=more, other=0)
+        y = tl.zeros((BLOCK_C, AHEAD), tl.float32)
+        for k in tl.static_range(AHEAD):
+            B, read = B_first.to(tl.float32), C_first.to(tl.float32)
+            B_first, C_first = B_second, C_second
+            B_at += B_stride_T
+            C_at += C_stride_T
+            B_second = tl.load(B_at, mask=in_N & (t + k + 2 < live), other=0)
+            C_second = tl.load(C_at, mask=in_N & (t + k + 2 < live), other=0)
+            step = _column(dt, u, k)
+            decay = tl.exp2(step[:, None] * A)
+            state = decay * state + (step * _column(x, u, k))[:, None] * B[None, :]
+            if PART == "states":
+                total += step
+            else:
+                y = tl.where(u[None, :] == k, tl.sum(state * read[None, :], 1)[:, None], y)
+        if PART != "states":
+            tl.store(y_at, y.to(y_BTC.dtype.element_ty), mask=in_C[:, None] & (t + u < end)[None, :])
+            y_at += AHEAD * C
+    to = after + b * after_stride_B + c[:, None] * after_stride_C + n[None, :] * one
     if PART == "states":
         tl.store(after + place, state, mask=inside)
-        tl.store(total_BKC + (b * tl.num_programs(1) + chunk) * C + c, total, mask=in_C)
+        tl.store(total_BKC + slot * C + c, total, mask=in_C)
     elif PART == "whole":
         tl.debug_barrier()  # every thread has read the state before one writes it
-        tl.store(after + b * after_stride_B + c[:, None] * after_stride_C + n[None, :] * one, state, mask=inside)
+        tl.store(to, state, mask=inside)
+    elif chunk == tl.num_programs(1) - 1:
+        tl.store(to, state, mask=inside)
 
 
 @triton.jit(do_not_specialize=["K", "ONE"])
 def selective_scan_carry_kernel(
-    A_CN, before, states_BKNC, total_BKC, after, K, ONE, A_stride, before_stride_B, before_stride_C, after_stride_B, after_stride_C,
+    A_CN, before, states_BKNC, total_BKC, K, ONE, A_stride, before_stride_B, before_stride_C,
     C: tl.constexpr, N: tl.constexpr, HAS_STATE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Replace every chunk's contribution by the state at its beginning, and write the state after the last chunk."""
-    b = tl.program_id(1).to(tl.int64)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """Slot 0 becomes the initial state; in slot k, what chunk k - 1 contributes becomes the state at the beginning of chunk k.
+
+    Grid: B * tiles of C.
+    """
+    b = (tl.program_id(0) // tl.cdiv(C, BLOCK_C)).to(tl.int64)
+    c = (tl.program_id(0) % tl.cdiv(C, BLOCK_C)) * BLOCK_C + tl.arange(0, BLOCK_C)
     n = tl.arange(0, BLOCK_N)
     in_C = c < C
     inside = in_C[:, None] & (n < N)[None, :]
-    A = tl.load(A_CN + c[:, None] * A_stride + n[None, :] * ONE, mask=inside, other=0) * LOG2E
+    A = tl.load(A_CN + c[:, None] * A_stride + n[None, :] * ONE, mask=inside, other=0)
+    A = tl.minimum(A, 0.0) * LOG2E
     if HAS_STATE:
         state = tl.load(before + b * before_stride_B + c[:, None] * before_stride_C + n[None, :] * ONE, mask=inside, other=0)
     else:
         state = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
     place = states_BKNC + b * K * N * C + n[None, :] * C + c[:, None] * ONE
     total_at = total_BKC + b * K * C + c
+    tl.store(place, state, mask=inside)
+    place += N * C
+    total_at += C
     own_next = tl.load(place, mask=inside, other=0)
     total_next = tl.load(total_at, mask=in_C, other=0)
-    for chunk in range(K):
+    for slot in range(1, K):
         own, total = own_next, total_next
         total_at += C
-        own_next = tl.load(place + N * C, mask=inside & (chunk + 1 < K), other=0)
-        total_next = tl.load(total_at, mask=in_C & (chunk + 1 < K), other=0)
+        own_next = tl.load(place + N * C, mask=inside & (slot + 1 < K), other=0)
+        total_next = tl.load(total_at, mask=in_C & (slot + 1 < K), other=0)
+        state = tl.exp2(total[:, None] * A) * state + own
         tl.store(place, state, mask=inside)
-        state = tl.exp2(tl.minimum(total[:, None] * A, 0.0)) * state + own
         place += N * C
-    tl.debug_barrier()  # every thread has read the state before one writes it
-    tl.store(after + b * after_stride_B + c[:, None] * after_stride_C + n[None, :] * ONE, state, mask=inside)

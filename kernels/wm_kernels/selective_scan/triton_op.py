@@ -1,11 +1,29 @@
 """`selective_scan` by Triton kernels. B batch, T tokens, C channels, N state."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from wm_kernels import triton_configs
+from wm_kernels.numerics import exact
 from wm_kernels.selective_scan.plan import plan
-from wm_kernels.triton_launch import architecture, run, strides
-from wm_kernels.triton_support import inner_contiguous
+from wm_kernels.triton_launch import Plan, architecture, run, strides
+
+NAMES = ("x_BTC", "dt_BTC", "A_CN", "B_BTN", "C_BTN", "before", "after", "valid_B")
+KNOWN = 1024  # calls whose plans are kept: to look at every argument anew costs more than a step's launch
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a call of certain shapes, strides and dtypes comes to; `copied` names the tensors that must be made contiguous first."""
+
+    plan: Plan
+    copied: tuple[str, ...]
+
+
+_known: dict[tuple[object, ...], _Known] = {}
 
 
 def selective_scan_triton(
@@ -17,40 +35,69 @@ def selective_scan_triton(
     state_BCN: Tensor | None,
     valid_B: Tensor | None,
     after_BCN: Tensor | None = None,
+    check: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `selective_scan_reference`; x float32, float16 or bfloat16. Tensors whose last axis has a stride are copied first.
 
-    The new state is written into `after_BCN`, which may be `state_BCN`; None makes a tensor.
+    The new state is written into `after_BCN`, which may be `state_BCN`; None makes a tensor. `check` raises where arguments are wrong; it
+    is called unless a call of the same shapes and dtypes has passed it.
     """
-    (B, T, C), N = x_BTC.shape, A_CN.shape[1]
-    x, dt, A, b, c = (inner_contiguous(tensor) for tensor in (x_BTC, dt_BTC, A_CN, B_BTN, C_BTN))
-    y_BTC = torch.empty(x_BTC.shape, dtype=x_BTC.dtype, device=x_BTC.device)
-    target = torch.empty((B, C, N), dtype=torch.float32, device=x_BTC.device) if after_BCN is None else after_BCN
-    written = inner_contiguous(target)
-    before = written if state_BCN is None else inner_contiguous(state_BCN)
+    tensors = (x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, after_BCN, valid_B)
+    given = {name: value for name, value in zip(NAMES, tensors, strict=True) if value is not None}
+    # The table is part of the key: the tuner puts others in its place.
+    key = (
+        triton_configs._rows,
+        exact(),
+        x_BTC.device,
+        *[None if value is None else (value.dtype, value.shape, value.stride()) for value in tensors],
+    )
+    known = _known.get(key)
+    if known is None:
+        if check is not None:
+            check()
+        known = _know(given)
+        if len(_known) >= KNOWN:
+            _known.clear()
+        _known[key] = known
+    for name in known.copied:
+        given[name] = given[name].contiguous()
+    if after_BCN is None:
+        given["after"] = dt_BTC.new_empty((x_BTC.shape[0], *A_CN.shape))
+    written = given["after"]
+    if state_BCN is None:
+        given["before"] = written  # a stand-in, which is never read, as for valid lengths
+    if valid_B is None:
+        given["valid_B"] = x_BTC
+    y_BTC = given["y_BTC"] = x_BTC.new_empty(x_BTC.shape)
+    run(known.plan, given)
+    if after_BCN is not None and written is not after_BCN:
+        after_BCN.copy_(written)
+    return y_BTC, written if after_BCN is None else after_BCN
+
+
+def _know(given: Mapping[str, Tensor]) -> _Known:
+    copied = tuple(name for name, value in given.items() if _must_copy(name, value))
+    ready = {name: value.contiguous() if name in copied else value for name, value in given.items()}
+    x, A = ready["x_BTC"], ready["A_CN"]
+    (B, T, C), N = x.shape, A.shape[1]
+    after = ready["after"] if "after" in ready else torch.empty((B, C, N), device="meta")
+    before = ready.get("before", after)
+    by_token = [strides(ready[name])[:2] for name in ("x_BTC", "dt_BTC", "B_BTN", "C_BTN")]
     made = plan(
         B,
         T,
         C,
         N,
         x.dtype,
-        (valid_B is not None, state_BCN is not None),
-        (*strides(x)[:2], *strides(dt)[:2], strides(A)[0], *strides(b)[:2], *strides(c)[:2]),
-        (*strides(before)[:2], *strides(written)[:2]),
+        ("valid_B" in ready, "before" in ready),
+        (*by_token[0], *by_token[1], strides(A)[0], *by_token[2], *by_token[3]),
+        (*strides(before)[:2], *strides(after)[:2]),
         architecture(x.device),
+        exact(),
     )
-    tensors = {
-        "x_BTC": x,
-        "dt_BTC": dt,
-        "A_CN": A,
-        "B_BTN": b,
-        "C_BTN": c,
-        "valid_B": x if valid_B is None else valid_B.contiguous(),
-        "before": before,
-        "y_BTC": y_BTC,
-        "after": written,
-    }
-    run(made, tensors)
-    if after_BCN is not None and written is not after_BCN:
-        after_BCN.copy_(written)
-    return y_BTC, written if after_BCN is None else after_BCN
+    return _Known(made, copied)
+
+
+def _must_copy(name: str, tensor: Tensor) -> bool:
+    """Whether a kernel cannot read it where it is: its last axis is not contiguous."""
+    return tensor.shape[-1] > 1 and tensor.stride(-1) != 1

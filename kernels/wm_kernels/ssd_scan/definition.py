@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wm_kernels._registration import acc_dtype, check_dtype, check_shapes, check_that, register_reference_autograd
+from wm_kernels._registration import acc_dtype, check_dtype, check_shapes, check_that, register_kernel, register_reference_autograd
 from wm_kernels.triton_support import served
 
 CHUNK = 64  # fastest on CPU for P = N = 64 and 128; longer chunks do more arithmetic, shorter ones more and smaller products
@@ -198,7 +198,7 @@ def has_kernel(x_BTHP: Tensor, B_BTGN: Tensor, C_BTGN: Tensor) -> bool:
     return x_BTHP.dim() == 4 and x_BTHP.shape[1] > 0 and x_BTHP.dtype == B_BTGN.dtype == C_BTGN.dtype and served(x_BTHP)
 
 
-@ssd_scan.register_kernel("cuda")
+@register_kernel(ssd_scan, "cuda")
 def _(
     x_BTHP: Tensor,
     dt_BTH: Tensor,
@@ -252,7 +252,7 @@ def ssd_scan_(
     return scan_(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHNP, valid_B).contiguous()
 
 
-@ssd_scan_.register_kernel("cuda")
+@register_kernel(ssd_scan_, "cuda")
 def _(
     x_BTHP: Tensor,
     dt_BTH: Tensor,

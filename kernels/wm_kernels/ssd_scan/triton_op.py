@@ -9,19 +9,28 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from wm_kernels import triton_configs
+from wm_kernels.numerics import exact
 from wm_kernels.ssd_scan.plan import ScanCall, plan
 from wm_kernels.triton_launch import Plan, architecture, run
 
 FAR = 2**23  # a token stride up to which 32 bits hold the offsets inside a chunk
+NAMES = ("x", "dt", "A", "B", "C", "cos", "sin", "valid", "state")
 KNOWN = 1024  # calls whose plans are kept: to look at every argument anew costs more than a step's launch
 
 
 @dataclass(frozen=True)
 class _Known:
-    """What a call of certain shapes, strides and dtypes comes to; `copied` names the tensors that must be made contiguous first."""
+    """What a call of certain shapes, strides and dtypes comes to.
+
+    Attributes:
+        plan: the launches.
+        copied: names of tensors that must be made contiguous first.
+        state: shape of a state.
+    """
 
     plan: Plan
     copied: tuple[str, ...]
+    state: tuple[int, ...]
 
 
 _known: dict[tuple[object, ...], _Known] = {}
@@ -38,12 +47,12 @@ def ssd_scan_triton(
     cos_BTF: Tensor | None = None,
     sin_BTF: Tensor | None = None,
     in_place: bool = False,
-    numerics: str = "fast",
     check: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`ssd_scan_reference`, or with angles `ssd_scan_rope_reference`, through the kernels.
 
     Products take operands rounded to the dtype of x; sums and the state are float32. A tensor whose last axis is not contiguous is copied.
+    With `numerics("exact")` the recurrence itself is run in float32, token after token.
 
     Args:
         x_BTHP: float32, float16 or bfloat16, as B and C.
@@ -56,55 +65,49 @@ def ssd_scan_triton(
         cos_BTF: float32 or float64, or None for no rotation.
         sin_BTF: as cos.
         in_place: write the new state into `state_BHNP`, which must be given.
-        numerics: "fast", or "exact": T tokens give the bits of T calls of one token, and of any split; token after token in float32.
         check: raises where the arguments are wrong; called unless a call of the same shapes and dtypes has passed it.
 
     Returns:
         (y_BTHP, contiguous; state_BHNP: the one given if `in_place`, else a new contiguous one).
     """
-    given = {"x": x_BTHP, "dt": dt_BTH, "A": A_H, "B": B_BTGN, "C": C_BTGN}
-    if cos_BTF is not None and sin_BTF is not None:
-        given |= {"cos": cos_BTF, "sin": sin_BTF}
-    if valid_B is not None:
-        given["valid"] = valid_B
-    if state_BHNP is not None:
-        given["state"] = state_BHNP
+    tensors = (x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, cos_BTF, sin_BTF, valid_B, state_BHNP)
+    given = {name: value for name, value in zip(NAMES, tensors, strict=True) if value is not None}
     # The table is part of the key: the tuner puts others in its place.
     key = (
         triton_configs._rows,
         in_place,
-        numerics,
+        exact(),
         x_BTHP.device,
-        *((name, value.dtype, value.shape, value.stride()) for name, value in given.items()),
+        *[None if value is None else (value.dtype, value.shape, value.stride()) for value in tensors],
     )
     known = _known.get(key)
     if known is None:
         if check is not None:
             check()
-        known = _know(given, in_place, numerics == "exact")
+        known = _know(given, in_place)
         if len(_known) >= KNOWN:
             _known.clear()
         _known[key] = known
     for name in known.copied:
         given[name] = given[name].contiguous()
-    (B, T, H, P), N = x_BTHP.shape, B_BTGN.shape[3]
-    y_BTHP = x_BTHP.new_empty((B, T, H, P))
+    y_BTHP = given["y"] = x_BTHP.new_empty(x_BTHP.shape)
     direct = in_place and "state" not in known.copied
-    out_BHNP = given["state"] if direct else dt_BTH.new_empty((B, H, N, P))
-    run(known.plan, given | {"y": y_BTHP, "out": out_BHNP})
+    out_BHNP = given["out"] = given["state"] if direct else dt_BTH.new_empty(known.state)
+    run(known.plan, given)
     if in_place and not direct and state_BHNP is not None:
         state_BHNP.copy_(out_BHNP)
         return y_BTHP, state_BHNP
     return y_BTHP, out_BHNP
 
 
-def _know(given: Mapping[str, Tensor], in_place: bool, exact: bool) -> _Known:
+def _know(given: Mapping[str, Tensor], in_place: bool) -> _Known:
     copied = tuple(name for name, value in given.items() if _must_copy(name, value))
     ready = {name: value.contiguous() if name in copied else value for name, value in given.items()}
-    x, state = ready["x"], ready.get("state")
+    x = ready["x"]
     B, _, H, P = x.shape
-    out = state if in_place and "state" not in copied else None
-    return _Known(plan(describe(ready, x.new_empty((B, H, ready["B"].shape[3], P)) if out is None else out, exact)), copied)
+    shape = (B, H, ready["B"].shape[3], P)
+    direct = in_place and "state" not in copied
+    return _Known(plan(describe(ready, ready["state"] if direct else x.new_empty(shape))), copied, shape)
 
 
 def _must_copy(name: str, tensor: Tensor) -> bool:
@@ -116,8 +119,8 @@ def _must_copy(name: str, tensor: Tensor) -> bool:
     return (tensor.stride(-1) != 1 and tensor.shape[-1] > 1) or tensor.stride(1) > FAR
 
 
-def describe(given: Mapping[str, Tensor], out_BHNP: Tensor, exact: bool = False) -> ScanCall:
-    """What the plan of a call must know of its tensors, by their names in the plan."""
+def describe(given: Mapping[str, Tensor], out_BHNP: Tensor) -> ScanCall:
+    """What the plan of a call must know of its tensors, by their names in the plan, and the mode of numerics."""
     (B, T, H, P), (G, N) = given["x"].shape, given["B"].shape[2:]
     return ScanCall(
         op="ssd_scan_rope" if "cos" in given else "ssd_scan",
@@ -141,7 +144,7 @@ def describe(given: Mapping[str, Tensor], out_BHNP: Tensor, exact: bool = False)
         out_BHN=_outer(out_BHNP, 3),
         has_state="state" in given,
         has_valid="valid" in given,
-        exact=exact,
+        exact=exact(),
     )
 
 

@@ -6,7 +6,7 @@ B batch   T tokens   H heads   P head dimension   G groups   N state   F rotated
 import torch
 from torch import Tensor
 
-from wm_kernels._registration import acc_dtype, check_shapes, check_that, register_reference_autograd
+from wm_kernels._registration import acc_dtype, check_shapes, check_that, register_kernel, register_reference_autograd
 from wm_kernels.rope.definition import rope_reference
 from wm_kernels.ssd_scan.definition import check_scan, fake_scan, has_kernel, scan, scan_
 
@@ -94,7 +94,7 @@ def ssd_scan_rope(
     return y_BTHP.contiguous(), state.contiguous()
 
 
-@ssd_scan_rope.register_kernel("cuda")
+@register_kernel(ssd_scan_rope, "cuda")
 def _(
     x_BTHP: Tensor,
     dt_BTH: Tensor,
@@ -156,7 +156,7 @@ def ssd_scan_rope_(
     return scan_(x_BTHP, dt_BTH, A_H, B_rot, C_rot, state_BHNP, valid_B).contiguous()
 
 
-@ssd_scan_rope_.register_kernel("cuda")
+@register_kernel(ssd_scan_rope_, "cuda")
 def _(
     x_BTHP: Tensor,
     dt_BTH: Tensor,
