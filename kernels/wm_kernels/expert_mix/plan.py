@@ -88,9 +88,9 @@ def plan(
 
 @lru_cache(maxsize=1024)
 def spread_plan(M: int, E: int, Q: int, dtype: torch.dtype, activation: str, weight_inside: bool, arch: str, **override: Any) -> Plan:
-    """One launch, between the products; tensors inner_ME, expert_MQ, weight_MQ, hidden_M2E."""
+    """One launch, between the products; tensors inner_ME, expert_MQ, weight_MQ, hidden_ME, rest_ME."""
     values = override or config("expert_mix", arch, dtype_name(dtype), "products", (("E", E), ("Q", Q)))
     constants = {"E": E, "Q": Q, "ACTIVATION": activation, "WEIGHT_INSIDE": weight_inside}
-    constants |= {"BLOCK_Q": min(values["block_Q"], power_of_two(Q)), "BLOCK_E": min(values["block_E"], power_of_two(2 * E))}
-    arguments = ("inner_ME", "expert_MQ", "weight_MQ", "hidden_M2E", M)
+    constants |= {"BLOCK_Q": min(values["block_Q"], power_of_two(Q)), "BLOCK_E": min(values["block_E"], power_of_two(E))}
+    arguments = ("inner_ME", "expert_MQ", "weight_MQ", "hidden_ME", "rest_ME", M)
     return Plan((Launch(expert_spread_kernel, (M,), arguments, constants, values["num_warps"], 1),))

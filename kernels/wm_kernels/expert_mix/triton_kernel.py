@@ -103,19 +103,19 @@ def expert_outer_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def expert_spread_kernel(
-    inner_ME, expert_MQ, weight_MQ, hidden_M2E, M,
+    inner_ME, expert_MQ, weight_MQ, hidden_ME, rest_ME, M,
     E: tl.constexpr, Q: tl.constexpr, ACTIVATION: tl.constexpr, WEIGHT_INSIDE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """The hidden value of every expert, summed over a token's picks of it, 0 without any; a program does a token.
+    """hidden + rest = the hidden value of every expert, summed over a token's picks of it, 0 without any; a program does a token.
 
-    In two parts, the value rounded to the tables' dtype and what that leaves out, whose products with `up` make up the whole.
+    hidden is rounded to the tables' dtype, and rest holds what that leaves out.
     """
     m = tl.program_id(0).to(tl.int64)
-    hidden_at = hidden_M2E + m * 2 * E
-    none = tl.zeros((BLOCK_E,), hidden_M2E.dtype.element_ty)
-    for start in tl.static_range(0, 2 * E, BLOCK_E):
+    none = tl.zeros((BLOCK_E,), hidden_ME.dtype.element_ty)
+    for start in tl.static_range(0, E, BLOCK_E):
         col = start + tl.arange(0, BLOCK_E)
-        tl.store(hidden_at + col, none, mask=col < 2 * E)
+        tl.store(hidden_ME + m * E + col, none, mask=col < E)
+        tl.store(rest_ME + m * E + col, none, mask=col < E)
     tl.debug_barrier()  # the zeros are there before a pick is written
     for first in range(0, Q, BLOCK_Q):
         q = first + tl.arange(0, BLOCK_Q)
@@ -129,6 +129,6 @@ def expert_spread_kernel(
             hidden = tl.where(o < Q, _hidden(inner, weight, ACTIVATION, WEIGHT_INSIDE), 0.0)
             # Picks of one expert all make the same sum, in the same order, so that it does not matter which of them is stored last.
             total += tl.sum(tl.where(e[:, None] == e_o[None, :], hidden[None, :], 0.0), 1)
-        rounded = total.to(hidden_M2E.dtype.element_ty)
-        tl.store(hidden_at + e, rounded, mask=q < Q)
-        tl.store(hidden_at + E + e, (total - rounded.to(tl.float32)).to(hidden_M2E.dtype.element_ty), mask=q < Q)
+        rounded = total.to(hidden_ME.dtype.element_ty)
+        tl.store(hidden_ME + m * E + e, rounded, mask=q < Q)
+        tl.store(rest_ME + m * E + e, (total - rounded.to(tl.float32)).to(rest_ME.dtype.element_ty), mask=q < Q)

@@ -66,7 +66,7 @@ def expert_mix_products(
 ) -> Tensor:
     """See `expert_mix_reference`; by products with all experts, for finite tables of the tokens' dtype, some thousand tokens at a time.
 
-    Memory beside the result: two float32 values of every expert and token at hand, `plan.PRODUCT_BYTES` twice, and `up` twice.
+    Memory beside the result: three values of every expert and token at hand, `plan.PRODUCT_BYTES` twice.
     """
     E, (_, _, D) = down_ED.shape[0], x_BTD.shape
     x_MD = x_BTD.reshape(-1, D)
@@ -75,21 +75,17 @@ def expert_mix_products(
     y_MD = torch.empty((M, D), dtype=x_MD.dtype, device=x_MD.device)
     at_once = min(M, products_at_once(E))
     inner_ME = torch.empty((at_once, E), dtype=torch.float32, device=x_MD.device)
-    hidden_M2E = torch.empty((at_once, 2 * E), dtype=x_MD.dtype, device=x_MD.device)
-    up_2ED = torch.cat([up_ED, up_ED])  # both parts of the hidden values are summed in float32, in one product
+    hidden_ME, rest_ME = torch.empty((2, at_once, E), dtype=x_MD.dtype, device=x_MD.device).unbind(0)
     arch = architecture(x_MD.device)
     for first in range(0, M, at_once):
         some = slice(first, min(first + at_once, M))
         count = some.stop - first
-        tensors = {
-            "inner_ME": inner_ME[:count],
-            "expert_MQ": expert_MQ[some],
-            "weight_MQ": weight_MQ[some],
-            "hidden_M2E": hidden_M2E[:count],
-        }
+        tensors = {"inner_ME": inner_ME[:count], "expert_MQ": expert_MQ[some], "weight_MQ": weight_MQ[some]}
+        tensors |= {"hidden_ME": hidden_ME[:count], "rest_ME": rest_ME[:count]}
         _wide_product(x_MD[some], down_ED.t(), tensors["inner_ME"])
         run(spread_plan(count, E, Q, x_MD.dtype, activation, weight_inside, arch), tensors)
-        torch.mm(tensors["hidden_M2E"], up_2ED, out=y_MD[some])
+        torch.mm(tensors["rest_ME"], up_ED, out=y_MD[some])
+        y_MD[some].addmm_(tensors["hidden_ME"], up_ED)
     return y_MD.view(x_BTD.shape)
 
 
