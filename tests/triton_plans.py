@@ -132,7 +132,7 @@ def expert_mix(dtype: torch.dtype, arch: str) -> Plans:
     names = dict.fromkeys(("x_BTD", "weight_MQ", "down_ED", "up_ED", "y_MD"), dtype) | {"expert_MQ": I64}
     for T, D in ((2, 2048), (4096, 2048), (4096, 1024)):
         yield plan(4, T, D, 32, dtype, "silu", False, (T * D, D), D, D, arch), names
-    names = {"inner_ME": F32, "expert_MQ": I64, "weight_MQ": dtype, "hidden_M2E": dtype}
+    names = {"inner_ME": F32, "expert_MQ": I64, "weight_MQ": dtype, "hidden_ME": dtype, "rest_ME": dtype}
     yield spread_plan(8192, 1024, 64, dtype, "silu", False, arch), names
 
 
