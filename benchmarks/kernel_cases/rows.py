@@ -45,8 +45,8 @@ def spaces() -> list[Space]:
     made.append(Space(convolution_step(128, 4352), "step", {}, {"block_T": 1, "block_C": 256, "num_warps": 1}, [step]))
     turn = grid(block_M=[1, 2, 4], block_H=[4, 8], num_warps=[1, 2, 4]) + grid(block_M=[1], block_H=[32], num_warps=[4, 8])
     made.append(Space(rotation(4, 4096, 20, 128), "many", {}, {"block_M": 4, "block_H": 8, "num_warps": 4}, [turn]))
-    walk = [grid(block_C=[32, 64], num_warps=[1]) + grid(block_C=[64, 128], num_warps=[2, 4]), grid(programs=[528, 1056, 2112, 4224])]
-    chunks = {"block_C": 32, "programs": 1056, "least": 64, "ahead": 4, "num_warps": 1}
+    walk = [grid(block_C=[32, 64], num_warps=[1]) + grid(block_C=[64, 128], num_warps=[2, 4]), grid(programs=[1024, 2048, 4096, 8192])]
+    chunks = {"block_C": 32, "programs": 4096, "least": 64, "ahead": 8, "num_warps": 1}
     made.append(Space(scan("long", 1, 8192, 4096, 16), "chunks", {}, chunks, [*walk, grid(ahead=[4, 8])]))
     step = [grid(block_C=[32, 64, 128, 256], num_warps=[1, 2, 4])]
     token = {"block_C": 64, "programs": 0, "least": 1, "ahead": 1, "num_warps": 4}

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from wm_kernels.selective_scan.triton_kernel import selective_scan_carry_kernel, selective_scan_kernel
+from wm_kernels.selective_scan.triton_kernel import selective_scan_carry_kernel, selective_scan_kernel, selective_step_kernel
 from wm_kernels.triton_configs import config
 from wm_kernels.triton_launch import Launch, Plan, Scratch
 from wm_kernels.triton_support import blocks, dtype_name, power_of_two
@@ -60,14 +60,18 @@ def plan(
     values = override or config("selective_scan", arch, dtype_name(dtype), chosen, (("C", C), ("N", N)))
     block_C = min(values["block_C"], power_of_two(C))
     tile = {"BLOCK_C": block_C, "BLOCK_N": power_of_two(N)}
+    flags = {"HAS_VALID": given[0], "HAS_STATE": given[1]}
+    if chosen == "step":
+        names = ("x_BTC", "dt_BTC", "A_CN", "B_BTN", "C_BTN", "valid_B", "before", "y_BTC", "after")
+        constants = {"C": C, "N": N, **flags, **tile}
+        grid = (B * blocks(C, block_C),)
+        return Plan((Launch(selective_step_kernel, grid, (*names, *token_strides, *state_strides), constants, values["num_warps"], 1),))
     chunk = _chunk(T, B * blocks(C, block_C), values) if chosen == "chunks" else max(T, 1)
     K = max(1, blocks(T, chunk))
-    step = chosen == "step"
-    flags = {"HAS_VALID": given[0], "HAS_STATE": given[1]}
 
     def part(name: str, before: str, after: str, chunks: int) -> Launch:
         names = ("x_BTC", "dt_BTC", "A_CN", "B_BTN", "C_BTN", "valid_B", before, "y_BTC", after, "total" if K > 1 else "A_CN")
-        constants: Mapping[str, Any] = {"C": C, "N": N, **flags, "PART": name, "STEP": step, "AHEAD": values["ahead"], **tile}
+        constants: Mapping[str, Any] = {"C": C, "N": N, **flags, "PART": name, "AHEAD": values["ahead"], **tile}
         grid = (B * blocks(C, block_C), chunks)
         return Launch(selective_scan_kernel, grid, (*names, T, chunk, 1, *token_strides, *state_strides), constants, values["num_warps"], 1)
 
