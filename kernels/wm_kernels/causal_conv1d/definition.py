@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wm_kernels._registration import acc_dtype, check_dtype, check_shapes, check_that, register_reference_autograd
+from wm_kernels._registration import acc_dtype, check_dtype, check_shapes, check_that, register_kernel, register_reference_autograd
 from wm_kernels.triton_support import served
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda y: y, "silu": F.silu}
@@ -95,7 +95,7 @@ def causal_conv1d(
     return y_BTC.contiguous(), state.contiguous()
 
 
-@causal_conv1d.register_kernel("cuda")
+@register_kernel(causal_conv1d, "cuda")
 def _(
     x_BTC: Tensor, weight_CL: Tensor, bias_C: Tensor | None, state_BYC: Tensor | None, valid_B: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor]:
@@ -131,7 +131,7 @@ def causal_conv1d_(
     return y_BTC.contiguous()
 
 
-@causal_conv1d_.register_kernel("cuda")
+@register_kernel(causal_conv1d_, "cuda")
 def _(x_BTC: Tensor, weight_CL: Tensor, bias_C: Tensor | None, state_BYC: Tensor, valid_B: Tensor | None, activation: str) -> Tensor:
     _check("causal_conv1d_", x_BTC, weight_CL, bias_C, state_BYC, valid_B, activation)
     if not served(x_BTC, weight_CL, bias_C):

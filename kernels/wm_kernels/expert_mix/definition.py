@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wm_kernels._registration import acc_dtype, check_dtype, check_shapes, check_that, register_reference_autograd, spans
+from wm_kernels._registration import acc_dtype, check_dtype, check_shapes, check_that, register_kernel, register_reference_autograd, spans
 from wm_kernels.triton_support import served
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
@@ -94,7 +94,7 @@ def expert_mix(
     return expert_mix_reference(x_BTD, expert_BTRk, weight_BTRk, down_ED, up_ED, activation, weight_inside).contiguous()
 
 
-@expert_mix.register_kernel("cuda")
+@register_kernel(expert_mix, "cuda")
 def _(
     x_BTD: Tensor,
     expert_BTRk: Tensor,

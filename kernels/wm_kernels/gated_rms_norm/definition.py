@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wm_kernels._registration import acc_dtype, check_dtype, check_shapes, register_reference_autograd
+from wm_kernels._registration import acc_dtype, check_dtype, check_shapes, register_kernel, register_reference_autograd
 from wm_kernels.triton_support import served
 
 
@@ -52,7 +52,7 @@ def gated_rms_norm(y_MC: Tensor, z_MC: Tensor, weight_C: Tensor, eps: float) -> 
     return gated_rms_norm_reference(y_MC, z_MC, weight_C, eps).contiguous()
 
 
-@gated_rms_norm.register_kernel("cuda")
+@register_kernel(gated_rms_norm, "cuda")
 def _(y_MC: Tensor, z_MC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
     _check(y_MC, z_MC, weight_C)
     if not served(y_MC, weight_C) or not y_MC.numel():

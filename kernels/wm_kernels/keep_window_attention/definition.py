@@ -6,7 +6,15 @@ B batch   T tokens   H query heads   K key/value heads   P head dimension   W sl
 import torch
 from torch import Tensor
 
-from wm_kernels._registration import acc_dtype, check_dtype, check_shapes, check_that, check_together, register_reference_autograd
+from wm_kernels._registration import (
+    acc_dtype,
+    check_dtype,
+    check_shapes,
+    check_that,
+    check_together,
+    register_kernel,
+    register_reference_autograd,
+)
 from wm_kernels.keep_window_attention.slots import (
     Slots,
     attend_to_best,
@@ -194,7 +202,7 @@ def _(
     return q_BTHP.new_empty(q_BTHP.shape), *slots
 
 
-@keep_window_attention.register_kernel("cuda")
+@register_kernel(keep_window_attention, "cuda")
 def _(
     q_BTHP: Tensor,
     k_BTKP: Tensor,
@@ -250,7 +258,7 @@ def keep_window_attention_(
     return _in_place(q_BTHP, tokens_as_slots(k_BTKP, v_BTKP, score_BTK, position_B), slots, valid_B).contiguous()
 
 
-@keep_window_attention_.register_kernel("cuda")
+@register_kernel(keep_window_attention_, "cuda")
 def _(
     q_BTHP: Tensor,
     k_BTKP: Tensor,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wm_kernels._registration import acc_dtype, check_dtype, check_shapes, check_that
+from wm_kernels._registration import acc_dtype, check_dtype, check_shapes, check_that, register_kernel
 from wm_kernels.expert_mix.definition import ACTIVATIONS
 from wm_kernels.triton_support import served
 
@@ -179,7 +179,7 @@ def moe_mix(
     return run(x_MD, expert_Mk, weight_Mk, in_EFD, in_bias_EF, out_EDI, out_bias_ED, activation, gated).contiguous()
 
 
-@moe_mix.register_kernel("cuda")
+@register_kernel(moe_mix, "cuda")
 def _(
     x_MD: Tensor,
     expert_Mk: Tensor,

@@ -6,7 +6,7 @@ B batch   T tokens   R retrieval heads   d half a query's width   J sub-keys per
 import torch
 from torch import Tensor
 
-from wm_kernels._registration import acc_dtype, check_dtype, check_shapes, check_that, register_reference_autograd
+from wm_kernels._registration import acc_dtype, check_dtype, check_shapes, check_that, register_kernel, register_reference_autograd
 from wm_kernels.triton_support import served
 
 MOST_PICKS = 64  # of the CUDA kernel, which keeps the best of every half in registers; more are the reference's
@@ -71,7 +71,7 @@ def product_key_topk(query_BTR2d: Tensor, keys_RJ2d: Tensor, k: int) -> tuple[Te
     return weight_BTRk.contiguous(), expert_BTRk.contiguous()
 
 
-@product_key_topk.register_kernel("cuda")
+@register_kernel(product_key_topk, "cuda")
 def _(query_BTR2d: Tensor, keys_RJ2d: Tensor, k: int) -> tuple[Tensor, Tensor]:
     _check(query_BTR2d, keys_RJ2d, k)
     if not served(query_BTR2d) or not query_BTR2d.numel() or k > MOST_PICKS:

@@ -6,7 +6,7 @@ M rows (batch times tokens)   D model
 import torch
 from torch import Tensor
 
-from wm_kernels._registration import acc_dtype, check_dtype, check_shapes, register_reference_autograd
+from wm_kernels._registration import acc_dtype, check_dtype, check_shapes, register_kernel, register_reference_autograd
 from wm_kernels.triton_support import served
 
 
@@ -57,7 +57,7 @@ def residual_rms_norm(x_MD: Tensor, residual_MD: Tensor, scale_D: Tensor | None,
     return normed_MD.contiguous(), sum_MD.contiguous()
 
 
-@residual_rms_norm.register_kernel("cuda")
+@register_kernel(residual_rms_norm, "cuda")
 def _(x_MD: Tensor, residual_MD: Tensor, scale_D: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     _check(x_MD, residual_MD, scale_D, weight_D)
     if not served(x_MD, scale_D, weight_D) or not x_MD.numel():

@@ -6,7 +6,7 @@ B batch   T tokens   H heads   P head dimension   F rotated pairs
 import torch
 from torch import Tensor
 
-from wm_kernels._registration import acc_dtype, check_shapes, check_that, register_reference_autograd
+from wm_kernels._registration import acc_dtype, check_shapes, check_that, register_kernel, register_reference_autograd
 from wm_kernels.triton_support import served
 
 
@@ -51,7 +51,7 @@ def rope(x_BTHP: Tensor, cos_BTF: Tensor, sin_BTF: Tensor) -> Tensor:
     return rope_reference(x_BTHP, cos_BTF, sin_BTF).contiguous()
 
 
-@rope.register_kernel("cuda")
+@register_kernel(rope, "cuda")
 def _(x_BTHP: Tensor, cos_BTF: Tensor, sin_BTF: Tensor) -> Tensor:
     _check(x_BTHP, cos_BTF, sin_BTF)
     if not served(x_BTHP, cos_BTF, sin_BTF) or not x_BTHP.numel() or not cos_BTF.numel():

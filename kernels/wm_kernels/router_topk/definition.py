@@ -6,7 +6,7 @@ M tokens   E experts   k picks
 import torch
 from torch import Tensor
 
-from wm_kernels._registration import acc_dtype, check_shapes, check_that, register_reference_autograd
+from wm_kernels._registration import acc_dtype, check_shapes, check_that, register_kernel, register_reference_autograd
 from wm_kernels.product_key_topk.definition import ordered_topk
 from wm_kernels.triton_support import served
 
@@ -57,7 +57,7 @@ def router_topk(logits_ME: Tensor, k: int, normalize: bool) -> tuple[Tensor, Ten
     return weight_Mk.contiguous(), expert_Mk.contiguous()
 
 
-@router_topk.register_kernel("cuda")
+@register_kernel(router_topk, "cuda")
 def _(logits_ME: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
     _check(logits_ME, k)
     if not served(logits_ME) or not logits_ME.numel() or logits_ME.shape[1] > MOST_EXPERTS or k > MOST_PICKS:
