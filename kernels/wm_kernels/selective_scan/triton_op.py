@@ -10,7 +10,6 @@ from wm_kernels import triton_configs
 from wm_kernels.numerics import exact
 from wm_kernels.selective_scan.plan import plan
 from wm_kernels.triton_launch import Plan, architecture, run, strides
-from wm_kernels.triton_together import compile_together
 
 NAMES = ("x_BTC", "dt_BTC", "A_CN", "B_BTN", "C_BTN", "before", "after", "valid_B")
 KNOWN = 1024  # calls whose plans are kept: to look at every argument anew costs more than a step's launch
@@ -96,8 +95,6 @@ def _know(given: Mapping[str, Tensor]) -> _Known:
         architecture(x.device),
         exact(),
     )
-    named: dict[str, Tensor | torch.dtype] = {"before": torch.float32, "after": torch.float32, "valid_B": x.dtype, "y_BTC": x.dtype}
-    compile_together(made, named | ready, x.device)
     return _Known(made, copied)
 
 

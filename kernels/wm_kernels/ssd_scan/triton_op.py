@@ -6,14 +6,12 @@ B batch   T tokens   H heads   P head dimension   G groups   N state   F rotated
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from wm_kernels import triton_configs
 from wm_kernels.numerics import exact
 from wm_kernels.ssd_scan.plan import ScanCall, plan
 from wm_kernels.triton_launch import Plan, architecture, run
-from wm_kernels.triton_together import compile_together
 
 FAR = 2**23  # a token stride up to which 32 bits hold the offsets inside a chunk
 NAMES = ("x", "dt", "A", "B", "C", "cos", "sin", "valid", "state")
@@ -109,9 +107,7 @@ def _know(given: Mapping[str, Tensor], in_place: bool) -> _Known:
     B, _, H, P = x.shape
     shape = (B, H, ready["B"].shape[3], P)
     direct = in_place and "state" not in copied
-    made = plan(describe(ready, ready["state"] if direct else x.new_empty(shape)))
-    compile_together(made, ready | {"y": x.dtype, "out": torch.float32}, x.device)
-    return _Known(made, copied, shape)
+    return _Known(plan(describe(ready, ready["state"] if direct else x.new_empty(shape))), copied, shape)
 
 
 def _must_copy(name: str, tensor: Tensor) -> bool:
