@@ -131,7 +131,8 @@ def main() -> int:
     results: Measured = {"machine": machine(), "rates": rates(), "cases": []}
     wanted = [case for case in all_cases() if (not given.op or case.op in given.op) and (not given.case or case.name in given.case)]
     for case in wanted:
-        results["cases"].append(measure(case, given.peers))
+        with torch.inference_mode():  # as sessions run; an op that writes into its state costs torch less there
+            results["cases"].append(measure(case, given.peers))
         print(_kernels_report.line(results["cases"][-1], results["rates"]), flush=True)
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
