@@ -1,4 +1,4 @@
-"""How long the first call of every op takes, each case in a process of its own with an empty Triton cache, after torch and the device are up.
+"""How long the first call of every op takes: a process of its own, an empty Triton cache, after torch and the device are up.
 
 python benchmarks/first_calls.py [--op ssd_scan ...] [--side-by-side 1] [--json PATH]
 """
@@ -40,6 +40,7 @@ def apart(op: str, name: str) -> float | str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--op", nargs="*", default=[], help="ops; default all")
+    parser.add_argument("--all", action="store_true", help="every case, not the first of each op")
     parser.add_argument("--side-by-side", type=int, default=1, help="processes at a time; more than one disturb each other")
     parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
@@ -50,6 +51,8 @@ def main() -> None:
     from kernel_cases import all_cases
 
     wanted = [(case.op, case.name) for case in all_cases() if not given.op or case.op in given.op]
+    if not given.all:
+        wanted = list({op: (op, name) for op, name in reversed(wanted)}.values())[::-1]
     with ThreadPoolExecutor(given.side_by_side) as processes:
         seconds = list(processes.map(lambda case: apart(*case), wanted))
     for (op, name), value in zip(wanted, seconds, strict=True):
