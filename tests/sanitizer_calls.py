@@ -42,7 +42,7 @@ def calls() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
 
 
 def main() -> None:
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for name, op, call in calls():
             for mode in ("fast", "exact"):
                 print(dtype, name, mode, flush=True)

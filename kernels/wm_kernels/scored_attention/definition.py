@@ -163,7 +163,7 @@ def _attend_span(q_BQHP: Tensor, k_BKLP: Tensor, v_BKLP: Tensor, visible_BAQL: T
     q_BKRP = q_BQHP.transpose(1, 2).reshape(B, K, H // K * Q, P)
     out_BKRP = F.scaled_dot_product_attention(q_BKRP, k_BKLP, v_BKLP, attn_mask=mask_BKRL)
     blind_BHQ1 = blind_BAQ1.unsqueeze(2).expand(B, A, H // A, Q, 1).reshape(B, H, Q, 1)
-    return out_BKRP.view(B, H, Q, P).masked_fill(blind_BHQ1, 0.0).transpose(1, 2)
+    return out_BKRP.reshape(B, H, Q, P).masked_fill(blind_BHQ1, 0.0).transpose(1, 2)
 
 
 def _in_place(
