@@ -58,12 +58,9 @@ def launches(call: Callable[[], Any]) -> int:
 
 
 def timed(call: Callable[[], Any]) -> Measured:
-    """First call, median, extra memory."""
-    begun = time.perf_counter()
+    """Median, extra memory."""
     call()
-    torch.cuda.synchronize()
-    first = time.perf_counter() - begun
-    return {"us": microseconds(call), "first_s": first, "extra_bytes": extra_memory(call)}
+    return {"us": microseconds(call), "extra_bytes": extra_memory(call)}
 
 
 def peer(case: Case, name: str, inputs: Inputs) -> Measured:

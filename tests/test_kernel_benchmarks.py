@@ -25,7 +25,7 @@ def modules(monkeypatch):
 
 
 def figures(us, extra=0):
-    return {"us": us, "first_s": 1.0, "extra_bytes": extra}
+    return {"us": us, "extra_bytes": extra}
 
 
 def results(**case):

@@ -4,8 +4,6 @@ B rows, T tokens, H query heads, K kv heads, A score heads, P head dimension, W 
 """
 
 import json
-import subprocess
-import sys
 from importlib.resources import files
 
 import pytest
@@ -392,53 +390,6 @@ def test_rope_has_the_same_bits_for_every_split(dtype):
     x, cos, sin = random(g, 2, 700, 6, 48, dtype=dtype), random(g, 2, 700, 24), random(g, 2, 700, 24)
     parts = [rope_triton(*part) for part in zip(*(y.split([1, 100, 599], 1) for y in (x, cos, sin)), strict=True)]
     assert torch.equal(torch.cat(parts, 1), rope_triton(x, cos, sin))
-
-
-COMPILE = """
-import json, sys, torch
-from wm_kernels.attention.plan import plan as cells
-from wm_kernels.keep_window_attention.plan import Call, plan
-from wm_kernels.triton_compile import compile_plan
-
-dtype = getattr(torch, sys.argv[1])
-B, H, K, P, W, T = 1, 16, 4, 128, 2048, 4096
-of = {name: dtype for name in ("q", "k", "v", "slot_k", "slot_v", "new_k", "new_v", "out")}
-of |= {name: torch.float32 for name in ("score", "slot_score", "new_score")}
-of |= {name: torch.int64 for name in ("slot_position", "new_position", "position", "valid")}
-slot = {name: (K * W * P, W * P, P, 1) for name in ("slot_k", "slot_v", "new_k", "new_v")}
-slot |= {name: (K * W, W, 1) for name in ("slot_score", "slot_position", "new_score", "new_position")}
-
-def call(T, B, exact=False):
-    token = {"q": (T * H * P, H * P, P, 1), "k": (T * K * P, K * P, P, 1), "v": (T * K * P, K * P, P, 1), "score": (T * K, K, 1)}
-    return plan(Call(B, T, H, K, P, W, True, True, False, dtype, "sm_90", tuple((token | slot).items()), exact))
-
-caches = {"q": (T * H * P, H * P, P, 1), "k": (K * W * P, P, W * P, 1), "v": (K * W * P, P, W * P, 1), "score": (H * W, W, 1)}
-caches = tuple(caches.items())
-plans = [call(T, 1), call(1, 1), call(1, 64), call(T, 1, True), call(1, 1, True)]
-plans += (cells(1, n, H, K, 1, P, W, "none", True, dtype, "sm_90", caches) for n in (1, 512))
-plans += (cells(1, n, H, K, H, P, W, "additive", True, dtype, "sm_90", caches, e) for n, e in ((512, False), (1, True), (512, True)))
-made = [(launch.kernel.__name__, kernel) for p in plans for launch, kernel in zip(p.launches, compile_plan(p, of, 90), strict=True)]
-print(json.dumps([{"kernel": name, "shared": k.metadata.shared, "async": "cp.async.cg" in k.asm["ptx"]} for name, k in made]))
-"""
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_configuration_compiles_for_sm_90(dtype):
-    # In a process of its own: this one may be the interpreter's.
-    done = subprocess.run([sys.executable, "-c", COMPILE, dtype], capture_output=True, text=True, check=False, env=_compiler_environment())
-    assert done.returncode == 0, done.stderr[-2000:]
-    made = json.loads(done.stdout)
-    assert len({one["kernel"] for one in made}) == 16
-    assert all(one["shared"] <= 227 * 1024 for one in made)
-    # Rows are copied 16 bytes at a time, straight to shared memory.
-    unpipelined = {("float32", "attend_cells"), ("float32", "attend_chunks")}
-    assert all(one["async"] for one in made if one["kernel"].startswith("attend") and (dtype, one["kernel"]) not in unpipelined)
-
-
-def _compiler_environment():
-    import os
-
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": ":".join(sys.path)}
 
 
 @pytest.mark.parametrize("op", ["attention", OP])

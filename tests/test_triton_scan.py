@@ -4,16 +4,12 @@ B rows   T tokens   H heads   P head dimension   G groups   N state   F rotated 
 """
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 
-import wm_kernels
 from wm_graph.tolerances import FLOOR_ULPS, UNIT_ROUNDOFF, op_limit
 
 if find_spec("triton") is None:
@@ -235,49 +231,3 @@ def test_no_kernel_is_compiled_more_than_twice_for_64_lengths():
 
 
 LENGTHS = [*range(1, 10), *(Q * k + d for k in (1, 2, 3, 10, 100) for d in (-1, 0, 1)), *range(500, 12500, 300)]
-
-
-def test_default_configurations_compile_for_sm_90_without_a_gpu():
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    paths = [str(Path(wm_kernels.__file__).parents[1]), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["2", "cp.async", "wgmma"]
-
-
-COMPILE = """
-from dataclasses import replace
-
-import torch
-
-from wm_kernels.ssd_scan.plan import ScanCall, plan
-from wm_kernels.triton_compile import compile_plan
-
-H, P, N, F = 16, 128, 128, 64
-call = ScanCall(op="ssd_scan_rope", arch="sm_90", dtype=torch.bfloat16, B=4, T=4096, H=H, P=P, G=H, N=N, F=F,
-    x_BTH=(4096 * H * P, H * P, P), dt_BTH=(4096 * H, H, 1), A_H=(1,), B_BTG=(4096 * H * N, H * N, N), C_BTG=(4096 * H * N, H * N, N),
-    cos_BT=(4096 * F, F), sin_BT=(4096 * F, F),
-    state_BHN=(H * N * P, N * P, P), out_BHN=(H * N * P, N * P, P), has_state=True, has_valid=True)
-one_group = dict(op="ssd_scan", F=0, G=1, P=64, B_BTG=(4096 * N, N, N), C_BTG=(4096 * N, N, N), cos_BT=(0, 0), sin_BT=(0, 0))
-# What a kernel is compiled anew for: its constants, and of the integers that it is specialised by whether 16 divides them.
-kinds = {}
-for T in (*range(1, 10), *(64 * k + d for k in (1, 2, 3, 10, 100) for d in (-1, 0, 1)), *range(500, 12500, 300)):
-    for launch in plan(replace(call, B=1, T=T, has_valid=False)).launches:
-        pairs = zip([one for one in launch.kernel.params if not one.is_constexpr], launch.arguments)
-        classes = [value % 16 == 0 for one, value in pairs if not (isinstance(value, str) or one.do_not_specialize)]
-        kinds.setdefault(launch.kernel.fn.__name__, set()).add(repr((sorted(launch.constants.items()), launch.options, classes)))
-print(max(map(len, kinds.values())))
-found = set()
-shapes = ({}, {"T": 1}, {"B": 1, "T": 512}, one_group | {"T": 65536, "H": 128, "B": 1}, {"B": 1, "T": 65536})
-for dtype, changed in ((torch.bfloat16, shapes), (torch.float16, shapes[:1]), (torch.float32, shapes[:3])):
-    for changes in changed:
-        one = replace(call, dtype=dtype, **changes)
-        f32, names = torch.float32, ("dt", "A", "cos", "sin", "state", "out")
-        dtypes = dict.fromkeys(names, f32) | dict.fromkeys(("x", "B", "C", "y"), dtype) | {"valid": torch.int64}
-        for kernel in compile_plan(plan(one), dtypes, 90):
-            ptx = kernel.asm["ptx"]
-            assert kernel.metadata.shared <= 232448, kernel.metadata
-            found |= {word for word in ("cp.async", "wgmma") if word in ptx}
-print(*sorted(found))
-"""

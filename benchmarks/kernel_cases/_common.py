@@ -27,7 +27,7 @@ def over_budget(op: str, dtype: str, actual: Sequence[Tensor], expected: Sequenc
     """The worst error of any output over the op's limit; an output that is float32 has the limits of float32."""
     worst = 0.0
     for got, truth in zip(actual, expected, strict=True):
-        limit = op_limit(op, "float32" if got.dtype == torch.float32 else dtype, "eager")
+        limit = op_limit(op, "float32" if got.dtype == torch.float32 else dtype, "triton")
         allowed = limit.ulps * UNIT_ROUNDOFF[limit.dtype] * truth.abs().max().item()
         error = (got.double() - truth).abs().max().item() if got.isfinite().all() else float("inf")
         worst = max(worst, error / allowed)
