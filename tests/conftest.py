@@ -20,6 +20,9 @@ if find_spec("torch") is not None:
 
     # Sums split by threads: the same number gives the same bits on every machine. `make test` runs a process per core.
     torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        # Kernels run in Triton's interpreter then. Triton asks when it is imported, and torch's compiler imports it: it must be said first.
+        os.environ["TRITON_INTERPRET"] = "1"
 
 POOL = "WM_POOL"  # a folder in which several runs share the bundles of the pool; see deep.py
 COUNTS = "WM_COUNTS"  # a file to write the numbers of compared examples to

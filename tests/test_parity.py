@@ -316,7 +316,8 @@ def test_the_table_knows_every_op_and_runtime() -> None:
     from wm_runtimes import RUNTIMES
 
     assert {limit.op for limit in OP_LIMITS} == set(OP_OUTPUTS)
-    assert {limit.runtime for limit in OP_LIMITS} == {limit.runtime for limit in MODEL_LIMITS} == set(RUNTIMES)
+    assert {limit.runtime for limit in OP_LIMITS} == {*RUNTIMES, "triton"}  # the kernels of the torch runtimes on CUDA
+    assert {limit.runtime for limit in MODEL_LIMITS} == set(RUNTIMES)
     assert all(limit.reason for limit in (*OP_LIMITS, *MODEL_LIMITS))
     assert op_limit("attention", "float32", "eager").relative == pytest.approx(16 * 2**-24)
     assert score_budget("argmax", "float32").relative == pytest.approx(2e-4)

@@ -9,7 +9,7 @@ from importlib.resources import files
 import pytest
 import torch
 
-from triton_support import DEVICE, DTYPES, ON_CUDA, check, needs_triton, random, scattered, wide  # first: it chooses the interpreter
+from triton_support import DEVICE, DTYPES, ON_CUDA, check, needs_triton, random, scattered, wide
 from wm_kernels import numerics
 from wm_kernels.attention.definition import attention_reference
 from wm_kernels.keep_window_attention.definition import keep_window_attention_reference

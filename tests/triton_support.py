@@ -1,9 +1,8 @@
 """What the tests of Triton kernels share: where they run, and how far they may be from the float64 reference.
 
-Kernels run on the CUDA device where there is one, otherwise in Triton's interpreter. Import this before any kernel.
+Kernels run on the CUDA device where there is one, otherwise in Triton's interpreter, which conftest.py chooses.
 """
 
-import os
 from collections.abc import Iterable
 from importlib.util import find_spec
 
@@ -16,8 +15,6 @@ from wm_graph.tolerances import UNIT_ROUNDOFF, op_limit
 
 ON_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
-if not ON_CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def missing() -> str | None:
