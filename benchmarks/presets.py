@@ -22,7 +22,7 @@ WM = Path(sysconfig.get_path("scripts")) / "wm"
 DTYPES = {"fp32": "float32", "fp16": "float16"}
 # Rows of the draws by the number of parameters: every row of a large vocabulary is millions of logits, which R pools.
 DRAWS = ((2e8, 64), (1e9, 8), (float("inf"), 4))
-COMPILED = 1e8  # parameters of the largest model that is compiled, in float32: compilation takes minutes
+COMPILED = {"fp32": 1e8, "fp16": 1e6}  # parameters of the largest model that is compiled: compilation takes minutes
 Row = dict[str, Any]
 
 
@@ -52,7 +52,7 @@ def measure(name: str, dtype: str, work: Path) -> Row:
     size = count_parameters(PRESETS[name])
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    runtimes = ["eager", "onnxruntime-cpu", *(["compiled"] if size <= COMPILED and dtype == "fp32" else [])]
+    runtimes = ["eager", "onnxruntime-cpu", *(["compiled"] if size <= COMPILED[dtype] else [])]
     draws = next(count for most, count in DRAWS if size < most)
     try:
         wm("init", name, "-o", work / "checkpoint")
@@ -86,7 +86,8 @@ def render(found: dict[str, Row]) -> str:
         "# Parity of every preset\n",
         "Written by `python benchmarks/presets.py` from what `wm parity` measured; nothing is entered by hand. Random parameters, random",
         "prompts of 1 to 79 tokens and one of 271, half of them in two pieces, then 8 decoded tokens, against the float64 oracle. The",
-        "limits are those of [tolerances.md](tolerances.md). `compiled` is measured in float32 on models of up to 100 M parameters.\n",
+        "limits are those of [tolerances.md](tolerances.md). `compiled` is measured on models of up to 100 M parameters in float32, of up to",
+        "1 M in float16.\n",
         f"u of float32 is {UNIT_ROUNDOFF['float32']:.3g}, of float16 {UNIT_ROUNDOFF['float16']:.3g}.\n",
         "A differing choice is worse than the oracle's by at most as many of its score budgets as the shortfall says.\n",
         "| preset | dtype | runtime | draws | R | limit | max abs | limit | choices differing | shortfall | limit | verdict |",
