@@ -84,7 +84,7 @@ def test_half_precision_chooses_otherwise_and_is_followed(made) -> None:
     assert 0 < row.choice_rate < row.choice_rate_limit
 
 
-@pytest.mark.parametrize("share", [1.0, 1 / 256])
+@pytest.mark.parametrize("share", [1.0, 1 / 96])
 def test_score_budget_is_as_wide_as_the_oracles_own_choices_move_with_its_weights(made, monkeypatch, share: float) -> None:
     _, bundle = made(FAMILIES["cheems-2407-tiny"], "fp16")
     table = score_budget("product_key_topk", "float16")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from wm_graph.params import Params
-from wm_graph.tolerances import FLOOR_ULPS, UNIT_ROUNDOFF, model_limit
+from wm_graph.tolerances import FLOOR_ULPS, UNIT_ROUNDOFF, choice_excess_limit, model_limit
 from wm_runtimes.bundle import Bundle
 from wm_runtimes.choice_names import choice_names
 from wm_runtimes.choices import EagerRunner
@@ -184,7 +184,7 @@ class _Growth:
             choice_rate=self.verdicts[name].rate,
             choice_rate_limit=limit.choice_rate,
             choice_excess=self.verdicts[name].excess,
-            choice_excess_limit=limit.choice_excess_at(self.moved.excess),
+            choice_excess_limit=choice_excess_limit(self.moved.excess),
         )
 
     def _following(self, choices: Choices) -> tuple[Array, Judgement]:

@@ -24,7 +24,7 @@ from wm_graph.feed_forwards import product_keys
 from wm_graph.oracle import oracle_forward
 from wm_graph.params import CdmoeParams, Params, params_from_flat
 from wm_graph.taps import Taps
-from wm_graph.tolerances import FLOOR_ULPS, MOVED, UNIT_ROUNDOFF, model_limit, score_budget
+from wm_graph.tolerances import FLOOR_ULPS, MOVED, UNIT_ROUNDOFF, choice_excess_limit, model_limit, score_budget
 from wm_runtimes import availability, open_session
 from wm_runtimes.bundle import Bundle
 from wm_runtimes.choice_names import choice_names, op_of, options_of
@@ -340,6 +340,6 @@ class _Measurement:
             choice_rate=sums.judgement.rate,
             choice_rate_limit=limit.choice_rate,
             choice_excess=sums.judgement.excess,
-            choice_excess_limit=limit.choice_excess_at(self.moved.judgement.excess),
+            choice_excess_limit=choice_excess_limit(self.moved.judgement.excess),
             tokens_per_s=self.batch / median(seconds) if seconds else 0.0,
         )
