@@ -296,6 +296,14 @@ def test_attention_over_cells(dtype, T, H, K, A, P, S, scoring, cached):
     got = attend_triton(scattered(q, 5), cells[0], cells[1], position, scores, scoring)
     check("scored_attention", dtype, got, expected)
     assert torch.equal(got, attend_triton(q, cells[0], cells[1], position, scores, scoring))
+    if cached:  # the kernels write the tokens themselves, and no other cell
+        own = [scattered(cache.clone(), seed) for seed, cache in enumerate(caches[:2])]
+        tokens_ = scattered(k, 7), scattered(v, 8)
+        assert torch.equal(got, attend_triton(q, *own, position, scores, scoring, tokens_))
+        assert all(torch.equal(leaf, cell) for leaf, cell in zip(own, cells, strict=False))
+        outside = [leaf.clone() for leaf in own]
+        attend_triton(q, *own, torch.full_like(position, S + 1), scores, scoring, tokens_)
+        assert all(torch.equal(leaf, before) for leaf, before in zip(own, outside, strict=True))
 
 
 def test_wider_heads_have_smaller_tiles():

@@ -7,13 +7,18 @@ import threading
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from wm_kernels.triton_launch import Launch, Plan, _run_on_cuda, compile_together
+from wm_kernels.triton_launch import Launch, Plan, Scratch, _run_on_cuda, compile_together
 
 ROOT = Path(__file__).parents[1]
+
+
+CPU = torch.device("cpu")
+LAUNCHED = ("stream of None", "function", "packed", None, None, None)  # what a compiled kernel takes before its arguments
 
 
 class Kernel:
@@ -27,51 +32,83 @@ class Kernel:
     def __getitem__(self, grid):
         def call(*arguments, **constants):
             self.looked_at.append((grid, arguments, constants))
-            return self.launched_from
+            return Compiled(self.launched)
 
         return call
 
-    @property
-    def launched_from(self):
-        kernel = self
 
-        class Compiled:
-            def __getitem__(self, grid):
-                return lambda *arguments: kernel.launched.append((grid, arguments))
+class Compiled:
+    """In place of what Triton compiled; `hooked` are launches that Triton's own code makes."""
 
-        return Compiled()
+    function, packed_metadata = "function", "packed"
+
+    def __init__(self, launched):
+        self.launched = launched
+
+    def run(self, x, y, z, *arguments):
+        self.launched.append(((x, y, z), arguments))
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.launched.append((grid, ("hooked", *arguments)))
+
+
+@pytest.fixture(autouse=True)
+def driver(monkeypatch):
+    """The parts of a driver and of Triton that a machine without them lacks; the hooks of a profiler."""
+    hooks = SimpleNamespace(launch_enter_hook=SimpleNamespace(calls=[]), launch_exit_hook=SimpleNamespace(calls=[]))
+    monkeypatch.setattr("wm_kernels.triton_launch._stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr("wm_kernels.triton_launch._knobs", lambda: hooks)
+    return hooks
 
 
 def launch(kernel, grid=(3, 2)):
     return Launch(kernel, grid, ("x", 7, "y"), {"EVEN": True, "BLOCK": 64}, num_warps=2)
 
 
-def test_second_launch_takes_what_the_first_compiled():
+def test_second_launch_takes_what_the_first_compiled(driver):
     kernel = Kernel()
-    one, tensors = launch(kernel), {"x": torch.zeros(8), "y": torch.zeros(8)}
+    plan, tensors = Plan((launch(kernel),)), {"x": torch.zeros(8), "y": torch.zeros(8)}
     for _ in range(3):
-        _run_on_cuda(Plan((one,)), tensors, 0)
+        _run_on_cuda(plan, tensors, CPU)
     options = {"num_warps": 2, "num_stages": 2, "maxnreg": None}
     assert kernel.looked_at == [((3, 2), (tensors["x"], 7, tensors["y"]), {"EVEN": True, "BLOCK": 64, **options})]
     pointers = (tensors["x"].data_ptr(), 7, tensors["y"].data_ptr(), 64, True)
-    assert kernel.launched == [((3, 2, 1), pointers)] * 2
+    assert kernel.launched == [((3, 2, 1), (*LAUNCHED, *pointers))] * 2
+    driver.launch_enter_hook.calls.append("a profiler's")
+    _run_on_cuda(plan, tensors, CPU)
+    assert kernel.launched[2:] == [((3, 2, 1), ("hooked", *pointers))]
+
+
+def test_launches_share_one_piece_of_scratch(monkeypatch):
+    monkeypatch.setattr("wm_kernels.triton_launch._compile", lambda *launch: None)
+    kernel, one, two = Kernel(), Scratch((3,), torch.float64), Scratch((40,), torch.int64)
+    plan = Plan((launch(kernel), Launch(kernel, (1,), ("y", 5, "z"), {"EVEN": False, "BLOCK": 1})), {"y": one, "z": two})
+    x = torch.zeros(8)
+    for _ in range(2):
+        _run_on_cuda(plan, {"x": x}, CPU)
+    (_, first), (_, second) = kernel.launched
+    first, second = first[len(LAUNCHED) :], second[len(LAUNCHED) :]
+    assert first == (x.data_ptr(), 7, second[0], 64, True)
+    assert second == (first[2], 5, first[2] + 256, 1, False)
+    assert plan.places == ((0, 256), 768)
 
 
 @pytest.mark.parametrize("what", ["alignment", "dtype", "device"])
 def test_launch_that_triton_would_compile_anew_goes_through_triton(what):
     kernel = Kernel()
-    one, tensors = launch(kernel), {"x": torch.zeros(8), "y": torch.zeros(8)}
+    plan, tensors = Plan((launch(kernel),)), {"x": torch.zeros(8), "y": torch.zeros(8)}
     others = {"alignment": tensors | {"y": torch.zeros(9)[1:]}, "dtype": tensors | {"y": torch.zeros(8, dtype=torch.float16)}}
-    _run_on_cuda(Plan((one,)), tensors, 0)
-    _run_on_cuda(Plan((one,)), others.get(what, tensors), int(what == "device"))
+    _run_on_cuda(plan, tensors, CPU)
+    _run_on_cuda(plan, others.get(what, tensors), torch.device("meta", 1) if what == "device" else CPU)
     assert len(kernel.looked_at) == 2
     assert not kernel.launched
 
 
 def test_empty_grid_launches_nothing():
     kernel = Kernel()
+    plan = Plan((launch(kernel, (0, 2)),))
     for _ in range(2):
-        _run_on_cuda(Plan((launch(kernel, (0, 2)),)), {"x": torch.zeros(8), "y": torch.zeros(8)}, 0)
+        _run_on_cuda(plan, {"x": torch.zeros(8), "y": torch.zeros(8)}, CPU)
     assert not kernel.looked_at
 
 

@@ -90,9 +90,10 @@ def attention(dtype: torch.dtype, arch: str) -> Plans:
     from wm_kernels.attention.plan import plan
 
     B, H, K, P, L = 1, 16, 4, 128, 4096
-    names = dict.fromkeys(("q", "k", "v", "out"), dtype) | {"score": F32, "position": I64}
+    names = dict.fromkeys(("q", "k", "v", "new_k", "new_v", "out"), dtype) | {"score": F32, "position": I64}
     for T, (A, scoring), exact in product((1, 512), ((K, "none"), (K, "additive"), (H, "additive")), (False, True)):
         strides = {"q": (T * H * P, H * P, P, 1), "k": (K * L * P, P, L * P, 1), "v": (K * L * P, P, L * P, 1), "score": (A * L, L, 1)}
+        strides |= dict.fromkeys(("new_k", "new_v"), (T * K * P, K * P, P, 1))
         yield plan(B, T, H, K, A, P, L, scoring, True, dtype, arch, tuple(strides.items()), exact), names
 
 

@@ -4,17 +4,26 @@ An op's `plan.py` says which kernels run on which grids with which arguments; it
 named in a plan, so that one that is computed for a call can as well be compiled for a GPU that is not here, or written down as data.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from itertools import accumulate
+from math import prod
+from operator import itemgetter
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from wm_kernels import triton_configs
+from wm_kernels.numerics import exact
+
+Made = TypeVar("Made")
 INT32_MAX = 2**31 - 1
+ALIGNMENT = 16  # of a pointer, in bytes: Triton compiles those that have it apart from those that do not
+ALIGNED = 256  # bytes of which every piece of scratch is a multiple
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,6 @@ class Launch:
         num_warps: warps of a program.
         num_stages: depth of software pipelines.
         max_registers: of a thread, so that more programs fit a multiprocessor; None leaves it to the compiler.
-        compiled: what Triton made of it, by device and by what it tells tensors apart by; filled as calls are made.
     """
 
     kernel: Any
@@ -39,7 +47,6 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 2
     max_registers: int | None = None
-    compiled: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def options(self) -> dict[str, int | None]:
@@ -60,19 +67,49 @@ class Launch:
 
 @dataclass(frozen=True)
 class Scratch:
-    """Memory that lives as long as one call: contiguous, with or without zeros in it."""
+    """Memory that lives as long as one call: contiguous, with anything in it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    zeroed: bool = False
+
+    @cached_property
+    def bytes(self) -> int:
+        """Its length."""
+        return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The launches of one call, in order, and the scratch that they share."""
+    """The launches of one call, in order, and the scratch that they share.
+
+    Attributes:
+        launches: what is run.
+        scratch: by name.
+        ready: what Triton compiled, as it is launched again, by device and by what Triton tells tensors apart by; filled as calls are made.
+    """
 
     launches: tuple[Launch, ...]
     scratch: Mapping[str, Scratch] = field(default_factory=lambda: MappingProxyType({}))
+    ready: dict[tuple[Any, ...], "_Ready"] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @cached_property
+    def places(self) -> tuple[tuple[int, ...], int]:
+        """Where each scratch lies in one piece of memory, in bytes, and how long that is: an allocation costs as much as a launch."""
+        ends = tuple(accumulate((-(-wanted.bytes // ALIGNED) * ALIGNED for wanted in self.scratch.values()), initial=0))
+        return ends[:-1], ends[-1]
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """How compiled launches are called with nothing but pointers.
+
+    Attributes:
+        launches: of each launch what Triton compiled, its blocks, and what picks its arguments from pointers and values.
+        values: integers and constants of all launches, which follow the pointers.
+    """
+
+    launches: tuple[tuple[Any, tuple[int, int, int], Callable[[Sequence[Any]], tuple[Any, ...]]], ...]
+    values: tuple[Any, ...]
 
 
 def run(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
@@ -83,18 +120,19 @@ def run(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
         tensors: inputs and outputs by their names in the plan; at least one. Optional ones that are absent are not named in it.
     """
     device = next(iter(tensors.values())).device
-    named = dict(tensors)
-    for name, wanted in plan.scratch.items():
-        make = torch.zeros if wanted.zeroed else torch.empty
-        named[name] = make(wanted.shape, dtype=wanted.dtype, device=device)
     if device.type != "cuda":
+        named = {**tensors, **_scratch(plan, device)}
         for launch in plan.launches:
             _launch(launch, named)
     elif device.index == torch.cuda.current_device():
-        _run_on_cuda(plan, named, device.index)
+        _run_on_cuda(plan, tensors, device)
     else:
         with torch.cuda.device(device):
-            _run_on_cuda(plan, named, device.index)
+            _run_on_cuda(plan, tensors, device)
+
+
+def _scratch(plan: Plan, device: torch.device) -> dict[str, Tensor]:
+    return {name: torch.empty(wanted.shape, dtype=wanted.dtype, device=device) for name, wanted in plan.scratch.items()}
 
 
 def _launch(launch: Launch, named: Mapping[str, Tensor]) -> Any:
@@ -104,22 +142,64 @@ def _launch(launch: Launch, named: Mapping[str, Tensor]) -> Any:
     return launch.kernel[launch.grid](*arguments, **launch.constants, **launch.options)
 
 
-def _run_on_cuda(plan: Plan, named: Mapping[str, Tensor], device: int) -> None:
+def _run_on_cuda(plan: Plan, tensors: Mapping[str, Tensor], device: torch.device) -> None:
     """Launch what Triton compiled before, where it would take the same: its own look at every argument costs more than a short kernel."""
+    pointers = [tensor.data_ptr() for tensor in tensors.values()]
+    key: tuple[Any, ...] = (device.index, *tensors, *[tensor.dtype for tensor in tensors.values()])
+    if any([pointer % ALIGNMENT for pointer in pointers]):
+        key += tuple(pointer % ALIGNMENT == 0 for pointer in pointers)
+    ready = plan.ready.get(key)
+    if ready is None:
+        plan.ready[key] = _first_run(plan, {**tensors, **_scratch(plan, device)}, device.index)
+        return
+    if plan.scratch:
+        places, length = plan.places
+        memory = torch.empty(length, dtype=torch.uint8, device=device)
+        start = memory.data_ptr()
+        pointers += [start + place for place in places]
+    given, stream, hooked = (*pointers, *ready.values), _stream(device.index), _hooked()
+    for compiled, blocks, pick in ready.launches:
+        if hooked:
+            compiled[blocks](*pick(given))
+        else:
+            compiled.run(*blocks, stream, compiled.function, compiled.packed_metadata, None, None, None, *pick(given))
+
+
+def _first_run(plan: Plan, named: Mapping[str, Tensor], device: int) -> _Ready:
+    compile_together(plan, named, device)
+    places = {name: place for place, name in enumerate(named)}
+    values: list[Any] = []
+
+    def place(value: Any) -> int:
+        values.append(value)
+        return len(named) + len(values) - 1
+
+    launches = []
     for launch in plan.launches:
-        tensors = [named[value] for value in launch.arguments if isinstance(value, str)]
-        pointers = [tensor.data_ptr() for tensor in tensors]
-        key = (device, *[tensor.dtype for tensor in tensors], *[pointer % 16 == 0 for pointer in pointers])
-        compiled = launch.compiled.get(key)
-        if compiled is None:
-            compile_together(plan, named, device)
-            compiled = _launch(launch, named)
-            if compiled is not None:
-                launch.compiled[key] = compiled
-            continue
-        given = iter(pointers)
-        arguments = [next(given) if isinstance(value, str) else value for value in launch.arguments]
-        compiled[launch.blocks](*arguments, *launch.ordered_constants)
+        compiled = _launch(launch, named)
+        if compiled is not None:
+            indices = [places[value] if isinstance(value, str) else place(value) for value in launch.arguments]
+            indices += [place(value) for value in launch.ordered_constants]
+            launches.append((compiled, launch.blocks, itemgetter(*indices)))
+    return _Ready(tuple(launches), tuple(values))
+
+
+def _stream(device: int) -> int:
+    stream: int = torch._C._cuda_getCurrentRawStream(device)
+    return stream
+
+
+@cache
+def _knobs() -> Any:
+    from triton import knobs
+
+    return knobs.runtime
+
+
+def _hooked() -> bool:
+    """Whether a profiler wants to know of launches, as Triton's Proton does."""
+    knobs = _knobs()
+    return bool(knobs.launch_enter_hook.calls or knobs.launch_exit_hook.calls)
 
 
 _met: set[tuple[Any, ...]] = set()
@@ -150,6 +230,24 @@ def _compile(launch: Launch, dtypes: Mapping[str, torch.dtype], device: int) -> 
         arguments = [dtypes[value] if isinstance(value, str) else value for value in launch.arguments]
         made = launch.kernel.warmup(*arguments, grid=launch.grid, **launch.constants, **launch.options)
         _ = made.run  # builds what calls the kernel, and loads it
+
+
+KNOWN = 1024  # calls that an op remembers
+
+
+def call_key(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """What decides an op's launches beside its plain arguments: dtypes, shapes and strides of its tensors, numerics, the table in use."""
+    # The tuner puts other tables in the place of the package's.
+    layouts = [None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride(), tensor.device) for tensor in tensors]
+    return triton_configs._rows, exact(), *layouts
+
+
+def remember(known: dict[tuple[Any, ...], Made], key: tuple[Any, ...], made: Made) -> Made:
+    """Keep what a call comes to: to look at every argument anew costs more than a step's launch."""
+    if len(known) >= KNOWN:
+        known.clear()
+    known[key] = made
+    return made
 
 
 @cache

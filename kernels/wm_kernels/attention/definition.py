@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wm_kernels._registration import check_dtype, check_shapes, check_that, check_together, register_reference_autograd
+from wm_kernels._registration import check_dtype, check_shapes, check_that, check_together, register_kernel, register_reference_autograd
 from wm_kernels.numerics import exact
 from wm_kernels.triton_support import served
 
@@ -86,13 +86,16 @@ def attend_in_place(
     q_BTHP: Tensor, k_BTKP: Tensor, v_BTKP: Tensor, cache_k_BKSP: Tensor, cache_v_BKSP: Tensor, position_B: Tensor
 ) -> Tensor:
     """Attend as `attention_reference` does, with the new keys and values written into the caches given."""
-    cell_BKTP = _cells(k_BTKP, position_B)
-    cache_k_BKSP.scatter_(2, cell_BKTP, k_BTKP.transpose(1, 2))
-    cache_v_BKSP.scatter_(2, cell_BKTP, v_BTKP.transpose(1, 2))
-    if q_BTHP.is_cuda and served(q_BTHP):
+    by_kernels = q_BTHP.is_cuda and served(q_BTHP)
+    written = by_kernels and cache_k_BKSP.stride(-1) == cache_v_BKSP.stride(-1) == 1
+    if not written:
+        cell_BKTP = _cells(k_BTKP, position_B)
+        cache_k_BKSP.scatter_(2, cell_BKTP, k_BTKP.transpose(1, 2))
+        cache_v_BKSP.scatter_(2, cell_BKTP, v_BTKP.transpose(1, 2))
+    if by_kernels:
         from wm_kernels.attention.triton_op import attend_triton
 
-        return attend_triton(q_BTHP, cache_k_BKSP, cache_v_BKSP, position_B)
+        return attend_triton(q_BTHP, cache_k_BKSP, cache_v_BKSP, position_B, new=(k_BTKP, v_BTKP) if written else None)
     live = cache_k_BKSP.shape[2]
     if position_B.device.type == "cpu" and position_B.numel():
         # Reading a number from a CPU tensor costs nothing, and a cache is mostly unused; on a GPU it would wait for the device.
@@ -203,3 +206,7 @@ def _(
 ) -> Tensor:
     check_attention("attention_", q_BTHP, k_BTKP, v_BTKP, cache_k_BKSP, cache_v_BKSP, position_B, valid_B)
     return q_BTHP.new_empty(q_BTHP.shape)
+
+
+register_kernel(attention, "cuda")(attention._init_fn)
+register_kernel(attention_, "cuda")(attention_._init_fn)

@@ -16,6 +16,7 @@ from wm_kernels.triton_launch import Launch, Plan, Scratch, architecture, stride
 from wm_kernels.triton_support import blocks, dtype_name, power_of_two
 
 MOST_SHARES = 64  # a program joins all shares of a row in registers
+WRITTEN = 16  # tokens that a program writes into their cells
 Strides = tuple[tuple[str, tuple[int, ...]], ...]
 Layout = tuple[tuple[str, torch.Size, tuple[int, ...]], ...]  # names, shapes and strides of tensors
 
@@ -64,7 +65,8 @@ def plan(
         cached: whether there is a position; without one, row b's first query sees cell 0 alone.
         dtype: of q, k and v.
         arch: see `triton_launch.architecture`.
-        strides: in elements, of q_BTHP, k_BLKP, v_BLKP and score_BAL, axes in the order of these names; P's stride is 1.
+        strides: in elements, of q_BTHP, k_BLKP, v_BLKP and score_BAL, axes in the order of these names; P's stride is 1. With those of
+            new_k_BTKP and new_v_BTKP the tokens are written into their cells first.
         exact: whether the bits may not depend on how tokens are split into calls.
     """
     G, dims = H // K, (("P", P), ("G", H // K))
@@ -72,7 +74,14 @@ def plan(
     # Where bits count, all tiles are those of many tokens.
     chosen = regime(T, cached, cells["BLOCK_R"] // _heads(G, cells) if exact else _rows(G, shares) // G, exact)
     build, values = {"cells": (_cells, cells), "shares": (_shares, shares), "chunks": (_chunks, cells), "walk": (_walk, cells)}[chosen]
-    return build(B, T, H, K, A, P, L, scoring, cached, values, dict(strides))
+    made, outer = build(B, T, H, K, A, P, L, scoring, cached, values, dict(strides)), dict(strides)
+    return Plan((_write(B, T, K, P, L, outer), *made.launches), made.scratch) if "new_k" in outer else made
+
+
+def _write(B: int, T: int, K: int, P: int, L: int, strides: Mapping[str, tuple[int, ...]]) -> Launch:
+    outer = tuple(stride for name in ("new_k", "new_v", "k", "v") for stride in strides[name][:3])
+    constants = {"P": P, "BLOCK_P": block_of(P), "BLOCK_T": WRITTEN}
+    return Launch(kernels.write_cells, (blocks(T, WRITTEN), K, B), ("new_k", "new_v", "k", "v", "position", *outer, T, L), constants)
 
 
 @lru_cache(maxsize=1024)

@@ -1,4 +1,4 @@
-"""Attention over contiguous cells: many queries at once, or few queries with the cells split among programs.
+"""Attention over contiguous cells: many queries at once, or few queries with the cells split among programs; writing cells.
 
 B batch   T tokens   H query heads   K kv heads   G = H/K   A score heads   P head dimension   N cells of a tile
 R rows of a tile: queries by heads, so that the heads that share keys share their loads
@@ -216,3 +216,22 @@ def combine_shares(
     value_P = combined(acc, tops, t * G + h % G, b * K + h // G, SHARES, P, BLOCK_P, BLOCK_R)
     p_P = tl.arange(0, BLOCK_P)
     tl.store(out + ((b * T + t) * H + h) * P + p_P, value_P.to(out.dtype.element_ty), mask=p_P < P)
+
+
+@triton.jit(do_not_specialize=["T", "L"])
+def write_cells(
+    new_k, new_v, k, v, position,
+    new_k_b, new_k_t, new_k_k, new_v_b, new_v_t, new_v_k, k_b, k_n, k_k, v_b, v_n, v_k, T, L,
+    P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Token t's keys and values into cell position + t, where there is one. Grid: (ceil(T / BLOCK_T), K, B)."""
+    t_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    kv, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    cell_T = tl.load(position + b) + t_T
+    ok_T = (t_T < T) & (cell_T >= 0) & (cell_T < L)
+    k_TP = load_rows(new_k + b * new_k_b + kv * new_k_k, t_T, new_k_t, ok_T, P, BLOCK_P)
+    v_TP = load_rows(new_v + b * new_v_b + kv * new_v_k, t_T, new_v_t, ok_T, P, BLOCK_P)
+    p_P = tl.arange(0, BLOCK_P)
+    ok_TP = ok_T[:, None] & (p_P < P)[None, :]
+    tl.store(k + b * k_b + kv * k_k + cell_T[:, None] * k_n + p_P[None, :], k_TP, mask=ok_TP)
+    tl.store(v + b * v_b + kv * v_k + cell_T[:, None] * v_n + p_P[None, :], v_TP, mask=ok_TP)

@@ -3,13 +3,28 @@
 B batch   T tokens   H query heads   K key/value heads   A score heads   P head dimension   L cells
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from wm_kernels.attention.plan import planned
 from wm_kernels.numerics import exact
-from wm_kernels.triton_launch import run
+from wm_kernels.triton_launch import Plan, call_key, remember, run
 from wm_kernels.triton_support import inner_contiguous
+
+NAMES = ("q", "k", "v", "score", "position", "new_k", "new_v")
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a call of certain shapes, strides and dtypes comes to; `as_given`: no tensor is copied first."""
+
+    plan: Plan
+    as_given: bool
+
+
+_known: dict[tuple[object, ...], _Known] = {}
 
 
 def attend_triton(
@@ -19,6 +34,7 @@ def attend_triton(
     position_B: Tensor | None,
     score_BAL: Tensor | None = None,
     scoring: str = "none",
+    new: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Softmax attention of token t to cells 0 .. position + t, for float32, float16 and bfloat16.
 
@@ -26,21 +42,28 @@ def attend_triton(
 
     Args:
         q_BTHP: queries, already rotated.
-        k_BKLP: keys; those of the tokens are in place.
+        k_BKLP: keys; those of the tokens are in place, unless they are given too.
         v_BKLP: their values.
         position_B: cells in use before the tokens, int64; None is 0 for every row.
         score_BAL: a score per cell, float32; None in scoring "none".
         scoring: "none", or "additive" or "binary" as in `scored_attention`.
+        new: keys and values of the tokens, [B, T, K, P], to write into cells position + t first; rows of k and v must be contiguous then.
 
     Returns:
         out_BTHP, contiguous. Any outer strides are read as they are; tensors whose last axis is not contiguous are copied.
     """
-    tensors = {"q": inner_contiguous(q_BTHP), "k": inner_contiguous(k_BKLP), "v": inner_contiguous(v_BKLP)}
-    if score_BAL is not None:
-        tensors["score"] = score_BAL
-    if position_B is not None:
-        tensors["position"] = position_B.contiguous()
-    out_BTHP = torch.empty(q_BTHP.shape, dtype=q_BTHP.dtype, device=q_BTHP.device)
-    layout = tuple((name, tensor.shape, tensor.stride()) for name, tensor in tensors.items())
-    run(planned(layout, scoring, exact(), q_BTHP.dtype, q_BTHP.device), {**tensors, "out": out_BTHP})
+    tensors = (q_BTHP, k_BKLP, v_BKLP, score_BAL, position_B, *(new or (None, None)))
+    key = (scoring, *call_key(*tensors))
+    known = _known.get(key)
+    given = {name: value for name, value in zip(NAMES, tensors, strict=True) if value is not None}
+    if known is None or not known.as_given:
+        given = {name: value.contiguous() if name == "position" else inner_contiguous(value) for name, value in given.items()}
+        if score_BAL is not None:
+            given["score"] = score_BAL
+    if known is None:
+        layout = tuple((name, tensor.shape, tensor.stride()) for name, tensor in given.items())
+        as_given = all(value is given.get(name) for name, value in zip(NAMES, tensors, strict=True))
+        known = remember(_known, key, _Known(planned(layout, scoring, exact(), q_BTHP.dtype, q_BTHP.device), as_given))
+    out_BTHP = torch.empty_like(q_BTHP, memory_format=torch.contiguous_format)
+    run(known.plan, {**given, "out": out_BTHP})
     return out_BTHP

@@ -7,7 +7,7 @@ E = H·P output width   C = (H + 2K)·P packed width
 import torch
 from torch import Tensor
 
-from wm_kernels._registration import check_shapes, check_that, register_reference_autograd
+from wm_kernels._registration import check_shapes, check_that, register_kernel, register_reference_autograd
 from wm_kernels.attention.definition import attend_in_place, attend_without_cache, attention_reference, check_attention
 from wm_kernels.rope.definition import rope_reference
 
@@ -167,3 +167,7 @@ def _(
     q, k = qk.split([n_head, n_kv_head], 2)
     check_attention("attention_rope_", q, k, v, cache_k_BKSP, cache_v_BKSP, position_B, valid_B)
     return qkv_BTC.new_empty((*q.shape[:2], n_head * head_dim))
+
+
+register_kernel(attention_rope, "cuda")(attention_rope._init_fn)
+register_kernel(attention_rope_, "cuda")(attention_rope_._init_fn)

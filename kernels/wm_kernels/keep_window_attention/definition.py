@@ -217,17 +217,22 @@ def _(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     given = (slot_k_BKWP, slot_v_BKWP, slot_score_BKW, slot_position_BKW)
-    _check("keep_window_attention", q_BTHP, k_BTKP, v_BTKP, score_BTK, *given, position_B, valid_B, window)
+
+    def check() -> None:
+        _check("keep_window_attention", q_BTHP, k_BTKP, v_BTKP, score_BTK, *given, position_B, valid_B, window)
+
     if not _has_kernels(q_BTHP, slot_k_BKWP):
+        check()
         return _functional(q_BTHP, k_BTKP, v_BTKP, score_BTK, *given, position_B, valid_B, window)
     from wm_kernels.keep_window_attention.triton_op import keep_window_attention_triton
 
     tensors = (q_BTHP, k_BTKP, v_BTKP, score_BTK)
     if slot_k_BKWP is None or slot_v_BKWP is None or slot_score_BKW is None or slot_position_BKW is None:
+        check()
         out_BTHP, _ = keep_window_attention_triton(*tensors, None, None, valid_B, window)
         return out_BTHP, *no_slots(k_BTKP, score_BTK)
     slots = (slot_k_BKWP, slot_v_BKWP, slot_score_BKW, slot_position_BKW)
-    out_BTHP, new = keep_window_attention_triton(*tensors, slots, position_B, valid_B, window)
+    out_BTHP, new = keep_window_attention_triton(*tensors, slots, position_B, valid_B, window, check=check)
     return out_BTHP, *(new or slots)
 
 
@@ -273,12 +278,16 @@ def _(
     window: int,
 ) -> Tensor:
     slots = Slots(slot_k_BKWP, slot_v_BKWP, slot_score_BKW, slot_position_BKW)
-    _check("keep_window_attention_", q_BTHP, k_BTKP, v_BTKP, score_BTK, *slots, position_B, valid_B, window)
+
+    def check() -> None:
+        _check("keep_window_attention_", q_BTHP, k_BTKP, v_BTKP, score_BTK, *slots, position_B, valid_B, window)
+
     if not _has_kernels(q_BTHP, slot_k_BKWP):
+        check()
         return _in_place(q_BTHP, tokens_as_slots(k_BTKP, v_BTKP, score_BTK, position_B), slots, valid_B).contiguous()
     from wm_kernels.keep_window_attention.triton_op import keep_window_attention_triton
 
-    return keep_window_attention_triton(q_BTHP, k_BTKP, v_BTKP, score_BTK, slots, position_B, valid_B, window, in_place=True)[0]
+    return keep_window_attention_triton(q_BTHP, k_BTKP, v_BTKP, score_BTK, slots, position_B, valid_B, window, True, check)[0]
 
 
 @keep_window_attention_.register_fake

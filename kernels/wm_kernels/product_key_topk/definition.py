@@ -73,13 +73,12 @@ def product_key_topk(query_BTR2d: Tensor, keys_RJ2d: Tensor, k: int) -> tuple[Te
 
 @register_kernel(product_key_topk, "cuda")
 def _(query_BTR2d: Tensor, keys_RJ2d: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    _check(query_BTR2d, keys_RJ2d, k)
     if not served(query_BTR2d) or not query_BTR2d.numel() or k > MOST_PICKS:
         weight_BTRk, expert_BTRk = product_key_topk_reference(query_BTR2d, keys_RJ2d, k)
         return weight_BTRk.contiguous(), expert_BTRk.contiguous()
     from wm_kernels.product_key_topk.triton_op import product_key_topk_triton
 
-    return product_key_topk_triton(query_BTR2d, keys_RJ2d, k)
+    return product_key_topk_triton(query_BTR2d, keys_RJ2d, k, lambda: _check(query_BTR2d, keys_RJ2d, k))
 
 
 @product_key_topk.register_fake

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from wm_kernels._registration import check_dtype, check_shapes, check_that
+from wm_kernels._registration import check_dtype, check_shapes, check_that, register_kernel
 
 SCALINGS = ("none", "linear", "llama3", "dynamic")
 
@@ -147,3 +147,6 @@ def _(
     shape = (*position_BT.shape, pairs)
     dtype = torch.float64 if double else torch.float32
     return position_BT.new_empty(shape, dtype=dtype), position_BT.new_empty(shape, dtype=dtype)
+
+
+register_kernel(rope_angles, "cuda")(rope_angles._init_fn)

@@ -14,6 +14,7 @@ from wm_kernels._registration import (
     check_shapes,
     check_that,
     check_together,
+    register_kernel,
     register_reference_autograd,
     spans,
 )
@@ -316,3 +317,7 @@ def _(
     caches = (cache_k_BKSP, cache_v_BKSP, cache_score_BAS)
     _check("scored_attention_", q_BTHP, k_BTKP, v_BTKP, score_BTA, *caches, position_B, valid_B, scoring, ratio)
     return q_BTHP.new_empty(q_BTHP.shape)
+
+
+register_kernel(scored_attention, "cuda")(scored_attention._init_fn)
+register_kernel(scored_attention_, "cuda")(scored_attention_._init_fn)

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wm_kernels import triton_configs
 from wm_kernels.numerics import exact
 from wm_kernels.selective_scan.plan import plan
-from wm_kernels.triton_launch import Plan, architecture, run, strides
+from wm_kernels.triton_launch import Plan, architecture, call_key, remember, run, strides
 
 NAMES = ("x_BTC", "dt_BTC", "A_CN", "B_BTN", "C_BTN", "before", "after", "valid_B")
-KNOWN = 1024  # calls whose plans are kept: to look at every argument anew costs more than a step's launch
 
 
 @dataclass(frozen=True)
@@ -44,21 +42,12 @@ def selective_scan_triton(
     """
     tensors = (x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, after_BCN, valid_B)
     given = {name: value for name, value in zip(NAMES, tensors, strict=True) if value is not None}
-    # The table is part of the key: the tuner puts others in its place.
-    key = (
-        triton_configs._rows,
-        exact(),
-        x_BTC.device,
-        *[None if value is None else (value.dtype, value.shape, value.stride()) for value in tensors],
-    )
+    key = call_key(*tensors)
     known = _known.get(key)
     if known is None:
         if check is not None:
             check()
-        known = _know(given)
-        if len(_known) >= KNOWN:
-            _known.clear()
-        _known[key] = known
+        known = remember(_known, key, _know(given))
     for name in known.copied:
         given[name] = given[name].contiguous()
     if after_BCN is None:

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from wm_kernels import triton_configs
 from wm_kernels.numerics import exact
 from wm_kernels.ssd_scan.plan import ScanCall, plan
-from wm_kernels.triton_launch import Plan, architecture, run
+from wm_kernels.triton_launch import Plan, architecture, call_key, remember, run
 
 FAR = 2**23  # a token stride up to which 32 bits hold the offsets inside a chunk
 NAMES = ("x", "dt", "A", "B", "C", "cos", "sin", "valid", "state")
-KNOWN = 1024  # calls whose plans are kept: to look at every argument anew costs more than a step's launch
 
 
 @dataclass(frozen=True)
@@ -72,22 +70,12 @@ def ssd_scan_triton(
     """
     tensors = (x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, cos_BTF, sin_BTF, valid_B, state_BHNP)
     given = {name: value for name, value in zip(NAMES, tensors, strict=True) if value is not None}
-    # The table is part of the key: the tuner puts others in its place.
-    key = (
-        triton_configs._rows,
-        in_place,
-        exact(),
-        x_BTHP.device,
-        *[None if value is None else (value.dtype, value.shape, value.stride()) for value in tensors],
-    )
+    key = (in_place, *call_key(*tensors))
     known = _known.get(key)
     if known is None:
         if check is not None:
             check()
-        known = _know(given, in_place)
-        if len(_known) >= KNOWN:
-            _known.clear()
-        _known[key] = known
+        known = remember(_known, key, _know(given, in_place))
     for name in known.copied:
         given[name] = given[name].contiguous()
     y_BTHP = given["y"] = x_BTHP.new_empty(x_BTHP.shape)
