@@ -1,7 +1,8 @@
 """Times every op's CUDA kernels beside their peers, in one process, after checking that they are right.
 
-    python benchmarks/kernels.py [--op ssd_scan ...] [--case M ...] [--peers eager ...] [--json PATH] [--write]
+    python benchmarks/kernels.py [--op ssd_scan ...] [--case M ...] [--peers eager ...] [--limit 180] [--json PATH] [--write]
 
+Every peer is called once in a process of its own first; one that takes longer than the limit, or ends the process, is not called again.
 Prints a table; --write puts it and a plot into docs/performance.md and docs/kernels.svg. A wrong result ends with exit code 1.
 """
 
@@ -9,16 +10,18 @@ import argparse
 import gc
 import inspect
 import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import _kernels_report
+import _trials
 import torch
 from _timing import graph_microseconds, microseconds
-from kernel_cases import Case, Inputs, all_cases
+from kernel_cases import Case, Inputs, chosen
 
 ROOT = Path(__file__).parents[1]
 Measured = dict[str, Any]
@@ -69,14 +72,14 @@ def peer(case: Case, name: str, inputs: Inputs) -> Measured:
     try:
         return timed(case.peers[name](inputs))
     except Exception as error:  # whatever a peer raises is the answer
-        return {"reason": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"}
+        return {"reason": _trials.reason_of(error)}
     finally:
         gc.collect()
         torch.cuda.empty_cache()
 
 
-def measure(case: Case, wanted: list[str]) -> Measured:
-    """Everything about one case."""
+def measure(case: Case, wanted: list[str], reasons: Mapping[str, str]) -> Measured:
+    """Everything about one case; peers that have a reason not to be called are not."""
     torch.manual_seed(0)
     inputs = case.make()
     begun = time.perf_counter()
@@ -84,7 +87,7 @@ def measure(case: Case, wanted: list[str]) -> Measured:
     try:
         found["error"] = error = case.oracle(inputs)
     except Exception as failure:  # one op that fails must not hide the others
-        found |= {"error": (error := float("inf")), "reason": f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:160]}"}
+        found |= {"error": (error := float("inf")), "reason": _trials.reason_of(failure)}
     found["checked_s"] = time.perf_counter() - begun
     found |= {"bytes": case.bytes, "flops": case.flops, "bars": dict(case.bars)}
     if not error <= 1:
@@ -92,7 +95,8 @@ def measure(case: Case, wanted: list[str]) -> Measured:
     found |= {"ours": timed(lambda: case.ours(inputs)), "launches": launches(lambda: case.ours(inputs))}
     if found["ours"]["us"] < GRAPHED:
         found["ours"]["graph_us"] = graph_microseconds(lambda: case.ours(inputs))
-    found["peers"] = {name: peer(case, name, inputs) for name in case.peers if not wanted or name in wanted}
+    names = [name for name in case.peers if not wanted or name in wanted]
+    found["peers"] = {name: {"reason": reasons[name]} if name in reasons else peer(case, name, inputs) for name in names}
     inputs.clear()
     gc.collect()
     torch.cuda.empty_cache()
@@ -119,17 +123,28 @@ def main() -> int:
     parser.add_argument("--op", nargs="*", default=[], help="ops; default all")
     parser.add_argument("--case", nargs="*", default=[], help="names of cases; default all")
     parser.add_argument("--peers", nargs="*", default=[], help="names of peers; default all")
+    parser.add_argument("--limit", type=float, default=_trials.LIMIT_S, help="seconds that a peer's first call may take; 0: no trials")
+    parser.add_argument("--trials", type=Path, help="what benchmarks/_trials.py wrote, in place of new trials")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/kernels.json", help="where the figures go, as they come in")
     parser.add_argument("--write", action="store_true", help="write docs/performance.md and docs/kernels.svg too")
     given = parser.parse_args()
     if not torch.cuda.is_available():
         print("kernels.py: no CUDA device on this machine; nothing was measured")
         return 0
+    os.environ.update(_trials.shared_cache())
+    cases = chosen(given.op, given.case)
+    if given.trials:
+        outcomes = json.loads(given.trials.read_text(encoding="utf-8"))
+    else:
+        outcomes = _trials.tried(cases, given.peers, given.limit) if given.limit else []
+    reasons: dict[tuple[str, str], dict[str, str]] = {}
+    for outcome in outcomes:
+        if "reason" in outcome:
+            reasons.setdefault((outcome["op"], outcome["case"]), {})[outcome["peer"]] = outcome["reason"]
     results: Measured = {"machine": machine(), "rates": rates(), "cases": []}
-    wanted = [case for case in all_cases() if (not given.op or case.op in given.op) and (not given.case or case.name in given.case)]
-    for case in wanted:
+    for case in cases:
         with torch.inference_mode():  # as sessions run; an op that writes into its state costs torch less there
-            results["cases"].append(measure(case, given.peers))
+            results["cases"].append(measure(case, given.peers, reasons.get((case.op, case.name), {})))
         print(_kernels_report.line(results["cases"][-1], results["rates"]), flush=True)
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(results, indent=1), encoding="utf-8")

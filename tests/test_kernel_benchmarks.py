@@ -1,8 +1,10 @@
 """The cases of benchmarks/kernels.py, and its table: every bar is about something that is measured."""
 
 import importlib
+import itertools
 import json
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ def modules(monkeypatch):
     """Import a benchmark's module by name; they lie outside the packages."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
-    for name in [name for name in sys.modules if name.split(".")[0] in ("_kernels_report", "kernel_cases", "tune")]:
+    for name in [name for name in sys.modules if name.split(".")[0] in ("_kernels_report", "_trials", "kernel_cases", "tune")]:
         sys.modules.pop(name)
 
 
@@ -79,6 +81,46 @@ def test_the_report_says_what_failed_and_what_could_not_run(modules, tmp_path):
     assert "gone" not in second
     assert second.count(report.BEGIN) == 1
     assert "OutOfResources" in report.line(wrong["cases"][0], wrong["rates"])
+
+
+HANGS = """
+import faulthandler, threading, time
+threading.Thread(target=time.sleep, args=(20,), daemon=True).start()
+def build_a_mask():
+    faulthandler.dump_traceback_later(0.2, exit=True)
+    time.sleep(20)
+build_a_mask()
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        (HANGS, "no answer within 7 s in a process of its own; it was in build_a_mask (<string>:6), called by <module> (<string>:7)"),
+        ("raise ImportError('no such peer')", "ImportError: no such peer"),
+        ("import os; os._exit(3)", "the process ended without a word"),
+    ],
+)
+def test_a_trial_says_why_its_process_ended(modules, program, reason):
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode
+    assert modules("_trials").why(done.stderr, 7.0) == reason
+
+
+def test_peers_after_one_that_ends_its_process_are_tried_in_another(modules, monkeypatch):
+    trials, started = modules("_trials"), []
+
+    def run(command, **_):
+        peers = command[command.index("7.0") + 1 :]
+        started.append(peers)
+        called = itertools.takewhile(lambda peer: peer != "bad", peers)
+        lines = [json.dumps({"op": "a", "case": "M", "peer": peer, "seconds": 1.0}) for peer in called]
+        return subprocess.CompletedProcess(command, int("bad" in peers), "\n".join(lines))
+
+    monkeypatch.setattr(trials.subprocess, "run", run)
+    outcomes = trials.apart("a", "M", ["good", "bad", "last"], 7.0)
+    assert [(found["peer"], "reason" in found) for found in outcomes] == [("good", False), ("bad", True), ("last", False)]
+    assert started == [["good", "bad", "last"], ["last"]]
 
 
 def test_every_bar_of_a_case_names_something_measured(modules):

@@ -76,6 +76,11 @@ def all_cases() -> list[Case]:
     return [case for family in _families() for case in family.cases()]
 
 
+def chosen(ops: Sequence[str], names: Sequence[str]) -> list[Case]:
+    """The cases of these ops that have these names; none given are all."""
+    return [case for case in all_cases() if (not ops or case.op in ops) and (not names or case.name in names)]
+
+
 def all_spaces() -> list[Space]:
     """The spaces of every family that has any: a function `spaces` beside `cases`."""
     return [space for family in _families() if hasattr(family, "spaces") for space in family.spaces()]
