@@ -3,6 +3,7 @@
 Every regime that lengths decide is among them: single steps, prompts of one chunk and of several, segments of chunks side by side.
 """
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,7 +43,8 @@ def calls() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
 
 
 def main() -> None:
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    """Of the dtypes named, all by default."""
+    for dtype in (getattr(torch, name) for name in sys.argv[1:] or ("float32", "bfloat16", "float16")):
         for name, op, call in calls():
             for mode in ("fast", "exact"):
                 print(dtype, name, mode, flush=True)

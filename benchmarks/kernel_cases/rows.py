@@ -30,7 +30,8 @@ def cases() -> list[Case]:
     """Norms at three widths; convolution and rotation over 16384 tokens, and a step; the scan at two lengths."""
     made = [norm(16384, D) for D in (2048, 4096, 8192)] + [gated(16384, C) for C in (2048, 4096, 8192)]
     made += [convolution("M", 4, 4096, 4352), convolution("long", 1, 65536, 4352), convolution_step(128, 4352)]
-    return [*made, rotation(4, 4096, 20, 128), scan("short", 4, 512, 4096, 16), scan("long", 1, 8192, 4096, 16), scan_step(128, 4096, 16)]
+    steps = [scan_step(128, 4096, 16), *(exact_scan(128, T, 4096, 16) for T in (1, 16))]
+    return [*made, rotation(4, 4096, 20, 128), scan("short", 4, 512, 4096, 16), scan("long", 1, 8192, 4096, 16), *steps]
 
 
 def spaces() -> list[Space]:
@@ -265,6 +266,29 @@ def scan_step(B: int, C: int, N: int) -> Case:
     size = 2 * 4 * B * C * N + B * C * (2 * SIZE + 4) + 4 * C * N
     bars = {"× torch.compile": 1.0, "copy rate": 0.8}
     return Case("selective_scan", f"step B {B}", DTYPE, lambda: _scan_inputs(B, 1, C, N), ours, oracle, peers, size, 8 * B * C * N, bars)
+
+
+def exact_scan(B: int, T: int, C: int, N: int) -> Case:
+    """T tokens with exact numerics, in place: at most twice the time of as many steps."""
+    by_token = ("x", "dt", "B", "C")
+
+    def ours(v: Inputs) -> Tensor:
+        with ops.numerics("exact"):
+            return ops.selective_scan_(v["x"], v["dt"], v["A"], v["B"], v["C"], v["state"], None)
+
+    def oracle(v: Inputs) -> float:
+        """Infinitely wrong where single tokens do not give the bits of the whole."""
+        whole, parts = v | {"state": v["state"].clone()}, v | {"state": v["state"].clone()}
+        truth, after = selective_scan_reference(*wide(*(v[name] for name in ("x", "dt", "A", "B", "C", "state"))), None)
+        found = ours(whole)
+        pieces = [ours(parts | {name: v[name][:, t : t + 1] for name in by_token}) for t in range(T)]
+        if not torch.equal(torch.cat(pieces, 1), found) or not torch.equal(parts["state"], whole["state"]):
+            return float("inf")
+        return over_budget("selective_scan", DTYPE, [found, whole["state"]], [truth, after])
+
+    size, bars = 2 * 4 * B * C * N + B * T * C * (2 * SIZE + 4) + 4 * C * N, {f"time ÷ step B {B}": 2.0 * T}
+    make = partial(_scan_inputs, B, T, C, N)
+    return Case("selective_scan", f"exact T {T} B {B}", DTYPE, make, ours, oracle, {}, size, 8 * B * T * C * N, bars)
 
 
 def _mamba_scan(v: Inputs) -> Callable[[], Any]:
