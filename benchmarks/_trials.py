@@ -13,10 +13,11 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 LIMIT_S = 180.0
@@ -26,8 +27,6 @@ Outcome = dict[str, Any]  # op, case, peer, and either seconds or reason
 
 def attempts(op: str, name: str, peers: Sequence[str], limit: float) -> Iterator[Outcome]:
     """Make and call a case's peers in this process, which ends where one takes longer than `limit` seconds."""
-    import time
-
     import torch
     from kernel_cases import all_cases
 
@@ -92,12 +91,25 @@ def why(errors: str, limit: float) -> str:
     return f"no answer within {limit:.0f} s in a process of its own; it was in {inside}"
 
 
-def tried(cases: Sequence[Any], wanted: Sequence[str], limit: float = LIMIT_S, side_by_side: int = SIDE_BY_SIDE) -> list[Outcome]:
-    """The outcomes of all peers of cases, or those named, in the order of the cases."""
+def tried(cases: Sequence[Any], wanted: Sequence[str], limit: float = LIMIT_S, side_by_side: int = SIDE_BY_SIDE) -> Iterator[list[Outcome]]:
+    """The outcomes of each case's peers, or of those named, as they come."""
     named = [(case, [peer for peer in case.peers if not wanted or peer in wanted]) for case in cases]
     with ThreadPoolExecutor(side_by_side) as processes:
-        jobs = [processes.submit(partial(apart, case.op, case.name, peers, limit)) for case, peers in named if peers]
-        return [outcome for job in jobs for outcome in job.result()]
+        jobs = [processes.submit(apart, case.op, case.name, peers, limit) for case, peers in named if peers]
+        for job in as_completed(jobs):
+            yield job.result()
+
+
+def end_with(parent: int) -> None:
+    """Leave with the process that wanted to know: a peer that hangs would use the device on."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def line(found: Outcome) -> str:
+    """An outcome as text."""
+    return f"{found['op']} {found['case']}, {found['peer']}: {found.get('reason') or format(found['seconds'], '.1f') + ' s'}"
 
 
 def main() -> None:
@@ -113,16 +125,19 @@ def main() -> None:
     given = parser.parse_args()
     if given.one:
         op, name, limit, *peers = given.one
+        Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
         for outcome in attempts(op, name, peers, float(limit)):
             print(json.dumps(outcome), flush=True)
         return
     from kernel_cases import chosen
 
-    outcomes = tried(chosen(given.op, given.case), given.peers, given.limit, given.side_by_side)
-    for found in outcomes:
-        print(f"{found['op']} {found['case']}, {found['peer']}: {found.get('reason') or format(found['seconds'], '.1f') + ' s'}")
-    if given.json:
-        given.json.write_text(json.dumps(outcomes, indent=1) + "\n", encoding="utf-8")
+    outcomes: list[Outcome] = []
+    for made in tried(chosen(given.op, given.case), given.peers, given.limit, given.side_by_side):
+        outcomes += made
+        for found in made:
+            print(line(found), flush=True)
+        if given.json:
+            given.json.write_text(json.dumps(outcomes, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

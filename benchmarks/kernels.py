@@ -133,10 +133,11 @@ def main() -> int:
         return 0
     os.environ.update(_trials.shared_cache())
     cases = chosen(given.op, given.case)
-    if given.trials:
-        outcomes = json.loads(given.trials.read_text(encoding="utf-8"))
-    else:
-        outcomes = _trials.tried(cases, given.peers, given.limit) if given.limit else []
+    outcomes = json.loads(given.trials.read_text(encoding="utf-8")) if given.trials else []
+    if given.limit and not given.trials:
+        for made in _trials.tried(cases, given.peers, given.limit):
+            outcomes += made
+            print("tried:", "; ".join(map(_trials.line, made)), flush=True)
     reasons: dict[tuple[str, str], dict[str, str]] = {}
     for outcome in outcomes:
         if "reason" in outcome:

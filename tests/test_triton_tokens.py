@@ -4,7 +4,7 @@ B rows, T tokens, M = B*T, D and C channels, E experts, R retrieval heads, k pic
 """
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ T, WIDTH = (1300, 256) if ON_CUDA else (7, 32)
 # Token after token, then pieces of other regimes: of few tokens, of many.
 CUTS = [0, 1, 2, 3, 4, 5, 11, 44, 560, 561, T] if ON_CUDA else [0, 1, 2, 5, T]
 PIECES = list(pairwise(CUTS))
+WIDTHS = (WIDTH, 40, 37)  # rows of 40 float32 are of whole 16 bytes and no multiple of 16 entries; most rows of 37 begin anywhere
 
 
 def generator():
@@ -45,11 +46,19 @@ def test_norms(dtype):
     from wm_kernels.residual_rms_norm.triton_op import residual_rms_norm_triton
 
     g = generator()
-    x, z, weight = random(g, T, WIDTH, dtype=dtype), random(g, T, WIDTH, dtype=dtype), random(g, WIDTH, dtype=dtype)
-    same_bits_in_pieces(
-        residual_rms_norm_triton(x, z, weight, weight, 1e-6), lambda a, b: residual_rms_norm_triton(x[a:b], z[a:b], weight, weight, 1e-6)
-    )
-    same_bits_in_pieces(gated_rms_norm_triton(x, z, weight, 1e-6), lambda a, b: gated_rms_norm_triton(x[a:b], z[a:b], weight, 1e-6))
+    for width in WIDTHS:
+        x, z, weight = random(g, T, width, dtype=dtype), random(g, T, width, dtype=dtype), random(g, width, dtype=dtype)
+
+        def add(a, b, given=(x, z, weight)):
+            x, z, weight = given
+            return residual_rms_norm_triton(x[a:b], z[a:b], weight, weight, 1e-6)
+
+        def gate(a, b, given=(x, z, weight)):
+            x, z, weight = given
+            return gated_rms_norm_triton(x[a:b], z[a:b], weight, 1e-6)
+
+        same_bits_in_pieces(add(0, T), add)
+        same_bits_in_pieces(gate(0, T), gate)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -72,29 +81,35 @@ def test_routers(dtype):
     from wm_kernels.router_topk.triton_op import router_topk_triton
 
     g, R, J, d, k = generator(), 2, 24, 16, 4
-    logits, query, keys = random(g, T, 40, dtype=dtype), random(g, 1, T, R, 2, d, dtype=dtype), random(g, R, J, 2, d, dtype=dtype)
-    for normalize in (False, True):
-        same_bits_in_pieces(router_topk_triton(logits, k, normalize), lambda a, b, n=normalize: router_topk_triton(logits[a:b], k, n))
+    query, keys = random(g, 1, T, R, 2, d, dtype=dtype), random(g, R, J, 2, d, dtype=dtype)
+    for width, normalize in product(WIDTHS, (False, True)):
+        logits = random(g, T, width, dtype=dtype)
+
+        def route(a, b, logits=logits, normalize=normalize):
+            return router_topk_triton(logits[a:b], k, normalize)
+
+        same_bits_in_pieces(route(0, T), route)
     whole = tuple(value[0] for value in product_key_topk_triton(query, keys, k))
     same_bits_in_pieces(whole, lambda a, b: tuple(value[0] for value in product_key_topk_triton(query[:, a:b], keys, k)))
 
 
+@pytest.mark.parametrize("width", WIDTHS[:2])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_mixtures(dtype):
+def test_mixtures(dtype, width):
     from wm_kernels.expert_mix.triton_op import expert_mix_triton
     from wm_kernels.moe_mix.triton_op import moe_mix_triton
 
     g, E, R, k, I = generator(), 48, 2, 3, 24
-    x, weight = random(g, T, WIDTH, dtype=dtype), torch.softmax(random(g, T, R, k), -1).to(dtype)
+    x, weight = random(g, T, width, dtype=dtype), torch.softmax(random(g, T, R, k), -1).to(dtype)
     expert = torch.randint(0, E, (T, R, k), generator=g).to(DEVICE)
-    down, up = random(g, E, WIDTH, dtype=dtype), random(g, E, WIDTH, dtype=dtype)
+    down, up = random(g, E, width, dtype=dtype), random(g, E, width, dtype=dtype)
 
     def mix(first, last):
         given = x[None, first:last], expert[None, first:last], weight[None, first:last]
         return expert_mix_triton(*given, down, up, "silu", False)[0]
 
     same_bits_in_pieces(mix(0, T), mix)
-    matrices = random(g, E, 2 * I, WIDTH, dtype=dtype), None, random(g, E, WIDTH, I, dtype=dtype), None
+    matrices = random(g, E, 2 * I, width, dtype=dtype), None, random(g, E, width, I, dtype=dtype), None
 
     def wide(first, last):
         return moe_mix_triton(x[first:last], expert[first:last, 0], weight[first:last, 0], *matrices, "silu", True)

@@ -6,6 +6,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from wm_kernels.numerics import exact
+
 # float64 is the reference's: it is the oracle that kernels are judged by.
 SERVED = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
@@ -24,6 +26,18 @@ def served(*tensors: Tensor | None) -> bool:
 def inner_contiguous(tensor: Tensor) -> Tensor:
     """The tensor itself where its last axis has stride 1, otherwise a contiguous copy: kernels read rows of 16 bytes a thread."""
     return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def rows_of(tensor_MD: Tensor) -> tuple[Tensor, int]:
+    """A matrix as kernels take it, and the stride of its rows; with `numerics("exact")` the same however many rows there are.
+
+    Alignment, of the first row and of the stride, decides how the compiler spreads a row over threads, and so in which order they add.
+    """
+    if not exact():
+        tensor_MD = inner_contiguous(tensor_MD)
+        return tensor_MD, 0 if tensor_MD.shape[0] == 1 else tensor_MD.stride(0)
+    tensor_MD = tensor_MD.contiguous()
+    return tensor_MD if tensor_MD.data_ptr() % 16 == 0 else tensor_MD.clone(), tensor_MD.shape[1]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -6,7 +6,7 @@ from torch import Tensor
 from wm_kernels.expert_mix.plan import plan, products_at_once, serves_products, spread_plan
 from wm_kernels.numerics import exact
 from wm_kernels.triton_launch import architecture, run, strides
-from wm_kernels.triton_support import inner_contiguous
+from wm_kernels.triton_support import inner_contiguous, rows_of
 
 
 def expert_mix_triton(
@@ -29,6 +29,9 @@ def expert_mix_triton(
     x_BTD, down_ED, up_ED = (inner_contiguous(tensor) for tensor in (x_BTD, down_ED, up_ED))
     y_BTD = torch.empty(x_BTD.shape, dtype=x_BTD.dtype, device=x_BTD.device)
     x_strides = strides(x_BTD)
+    if exact():  # one row of B*T tokens
+        x_BTD, stride = rows_of(x_BTD.reshape(B * T, D))
+        B, T, x_strides = 1, B * T, (0, stride, 1)
     made = plan(
         B,
         T,

@@ -10,7 +10,7 @@ from wm_kernels.moe_mix.definition import moe_mix_reference
 from wm_kernels.moe_mix.plan import combine_plan, hidden_plan, picks_plan
 from wm_kernels.numerics import exact
 from wm_kernels.triton_launch import architecture, run, strides
-from wm_kernels.triton_support import inner_contiguous
+from wm_kernels.triton_support import inner_contiguous, rows_of
 
 MOST_GROUPS = 1023  # of torch's grouped product
 GROUPED_ALIGNMENT = 8  # entries: torch's grouped product wants rows of a multiple of 16 bytes
@@ -103,7 +103,7 @@ def moe_mix_picks(
     A token's bits do not depend on the tokens beside it. Tensors whose last axis is not contiguous are copied first.
     """
     (M, k), (_, D, I) = expert_Mk.shape, out_EDI.shape
-    x_MD, in_EFD, out_EDI = inner_contiguous(x_MD), inner_contiguous(in_EFD), inner_contiguous(out_EDI)
+    (x_MD, x_stride), in_EFD, out_EDI = rows_of(x_MD), inner_contiguous(in_EFD), inner_contiguous(out_EDI)
     y_MD = torch.empty(x_MD.shape, dtype=x_MD.dtype, device=x_MD.device)
     in_bias = x_MD if in_bias_EF is None else inner_contiguous(in_bias_EF)
     out_bias = x_MD if out_bias_ED is None else inner_contiguous(out_bias_ED)
@@ -126,7 +126,7 @@ def moe_mix_picks(
         gated,
         (in_bias_EF is not None, out_bias_ED is not None),
         activation,
-        strides(x_MD)[0],
+        x_stride,
         _outer(in_EFD),
         _outer(out_EDI),
         (strides(in_bias)[0], strides(out_bias)[0]),
