@@ -86,21 +86,27 @@ def attend_in_place(
     q_BTHP: Tensor, k_BTKP: Tensor, v_BTKP: Tensor, cache_k_BKSP: Tensor, cache_v_BKSP: Tensor, position_B: Tensor
 ) -> Tensor:
     """Attend as `attention_reference` does, with the new keys and values written into the caches given."""
-    by_kernels = q_BTHP.is_cuda and served(q_BTHP)
-    written = by_kernels and cache_k_BKSP.stride(-1) == cache_v_BKSP.stride(-1) == 1
-    if not written:
-        cell_BKTP = _cells(k_BTKP, position_B)
-        cache_k_BKSP.scatter_(2, cell_BKTP, k_BTKP.transpose(1, 2))
-        cache_v_BKSP.scatter_(2, cell_BKTP, v_BTKP.transpose(1, 2))
-    if by_kernels:
+    if _write_themselves(q_BTHP, cache_k_BKSP, cache_v_BKSP):
         from wm_kernels.attention.triton_op import attend_triton
 
-        return attend_triton(q_BTHP, cache_k_BKSP, cache_v_BKSP, position_B, new=(k_BTKP, v_BTKP) if written else None)
+        return attend_triton(q_BTHP, cache_k_BKSP, cache_v_BKSP, position_B, new=(k_BTKP, v_BTKP))
+    cell_BKTP = _cells(k_BTKP, position_B)
+    cache_k_BKSP.scatter_(2, cell_BKTP, k_BTKP.transpose(1, 2))
+    cache_v_BKSP.scatter_(2, cell_BKTP, v_BTKP.transpose(1, 2))
+    if q_BTHP.is_cuda and served(q_BTHP):
+        from wm_kernels.attention.triton_op import attend_triton
+
+        return attend_triton(q_BTHP, cache_k_BKSP, cache_v_BKSP, position_B)
     live = cache_k_BKSP.shape[2]
     if position_B.device.type == "cpu" and position_B.numel():
         # Reading a number from a CPU tensor costs nothing, and a cache is mostly unused; on a GPU it would wait for the device.
         live = min(live, int(position_B.max()) + q_BTHP.shape[1])
     return _attend(q_BTHP, cache_k_BKSP[:, :, :live], cache_v_BKSP[:, :, :live], position_B)
+
+
+def _write_themselves(q_BTHP: Tensor, cache_k_BKSP: Tensor, cache_v_BKSP: Tensor) -> bool:
+    """Whether Triton's kernels attend, and write the cells too: rows of caches that are not contiguous would be copied for them."""
+    return q_BTHP.is_cuda and served(q_BTHP) and cache_k_BKSP.stride(-1) == cache_v_BKSP.stride(-1) == 1
 
 
 def attend_without_cache(q_BTHP: Tensor, k_BTKP: Tensor, v_BTKP: Tensor, valid_B: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,4 +215,24 @@ def _(
 
 
 register_kernel(attention, "cuda")(attention._init_fn)
-register_kernel(attention_, "cuda")(attention_._init_fn)
+
+
+@register_kernel(attention_, "cuda")
+def _(
+    q_BTHP: Tensor,
+    k_BTKP: Tensor,
+    v_BTKP: Tensor,
+    cache_k_BKSP: Tensor,
+    cache_v_BKSP: Tensor,
+    position_B: Tensor,
+    valid_B: Tensor | None,
+) -> Tensor:
+    caches = (cache_k_BKSP, cache_v_BKSP)
+    if not _write_themselves(q_BTHP, *caches):
+        return attention_._init_fn(q_BTHP, k_BTKP, v_BTKP, *caches, position_B, valid_B)
+    from wm_kernels.attention.triton_op import attend_triton
+
+    def check() -> None:
+        check_attention("attention_", q_BTHP, k_BTKP, v_BTKP, *caches, position_B, valid_B)
+
+    return attend_triton(q_BTHP, *caches, position_B, new=(k_BTKP, v_BTKP), check=(check, (valid_B,)))

@@ -3,6 +3,7 @@
 B batch   T tokens   H query heads   K key/value heads   A score heads   P head dimension   L cells
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,7 @@ def attend_triton(
     score_BAL: Tensor | None = None,
     scoring: str = "none",
     new: tuple[Tensor, Tensor] | None = None,
+    check: tuple[Callable[..., None], Sequence[Tensor | None]] | None = None,
 ) -> Tensor:
     """Softmax attention of token t to cells 0 .. position + t, for float32, float16 and bfloat16.
 
@@ -48,13 +50,18 @@ def attend_triton(
         score_BAL: a score per cell, float32; None in scoring "none".
         scoring: "none", or "additive" or "binary" as in `scored_attention`.
         new: keys and values of the tokens, [B, T, K, P], to write into cells position + t first; rows of k and v must be contiguous then.
+        check: what raises where arguments are wrong, called unless a call of the same shapes and dtypes has passed it; and tensors that it
+            looks at beside those above.
 
     Returns:
         out_BTHP, contiguous. Any outer strides are read as they are; tensors whose last axis is not contiguous are copied.
     """
     tensors = (q_BTHP, k_BKLP, v_BKLP, score_BAL, position_B, *(new or (None, None)))
-    key = (scoring, *call_key(*tensors))
+    function, others = check or (None, ())
+    key = (scoring, *call_key(*tensors, *others))
     known = _known.get(key)
+    if known is None and function is not None:
+        function()
     given = {name: value for name, value in zip(NAMES, tensors, strict=True) if value is not None}
     if known is None or not known.as_given:
         given = {name: value.contiguous() if name == "position" else inner_contiguous(value) for name, value in given.items()}
