@@ -66,14 +66,12 @@ def plan(
         constants = {"C": C, "N": N, **flags, **tile}
         grid = (B * blocks(C, block_C),)
         return Plan((Launch(selective_step_kernel, grid, (*names, *token_strides, *state_strides), constants, values["num_warps"], 1),))
-    # An exact step is not to pay for the tokens that a longer call reads ahead; they change no bit.
-    ahead = 1 if exact and T == 1 else values["ahead"]
     chunk = _chunk(T, B * blocks(C, block_C), values) if chosen == "chunks" else max(T, 1)
     K = max(1, blocks(T, chunk))
 
     def part(name: str, before: str, after: str, chunks: int) -> Launch:
         names = ("x_BTC", "dt_BTC", "A_CN", "B_BTN", "C_BTN", "valid_B", before, "y_BTC", after, "total" if K > 1 else "A_CN")
-        constants: Mapping[str, Any] = {"C": C, "N": N, **flags, "PART": name, "AHEAD": ahead, **tile}
+        constants: Mapping[str, Any] = {"C": C, "N": N, **flags, "PART": name, "AHEAD": values["ahead"], **tile}
         grid = (B * blocks(C, block_C), chunks)
         return Launch(selective_scan_kernel, grid, (*names, T, chunk, 1, *token_strides, *state_strides), constants, values["num_warps"], 1)
 

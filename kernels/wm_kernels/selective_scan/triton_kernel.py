@@ -132,7 +132,8 @@ def selective_scan_kernel(
         if PART != "states":
             tl.store(y_at, y.to(y_BTC.dtype.element_ty), mask=in_C[:, None] & (t + u < end)[None, :])
             y_at += AHEAD * C
-    to = after + b * after_stride_B + c[:, None] * after_stride_C + n[None, :] * ONE
+    # Not times ONE: where a thread wrote a row by itself, every entry would go to memory alone.
+    to = after + b * after_stride_B + c[:, None] * after_stride_C + n[None, :]
     if PART == "states":
         tl.store(after + place, state, mask=inside)
         tl.store(total_BKC + slot * C + c, total, mask=in_C)
