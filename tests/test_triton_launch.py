@@ -58,6 +58,8 @@ def driver(monkeypatch):
     hooks = SimpleNamespace(launch_enter_hook=SimpleNamespace(calls=[]), launch_exit_hook=SimpleNamespace(calls=[]))
     monkeypatch.setattr("wm_kernels.triton_launch._stream", lambda device: f"stream of {device}")
     monkeypatch.setattr("wm_kernels.triton_launch._knobs", lambda: hooks)
+    monkeypatch.setattr("wm_kernels.triton_launch._start_compiler", lambda: None)
+    monkeypatch.setattr("wm_kernels.triton_launch._compile", lambda *launch: None)
     return hooks
 
 
@@ -79,8 +81,7 @@ def test_second_launch_takes_what_the_first_compiled(driver):
     assert kernel.launched[2:] == [((3, 2, 1), ("hooked", *pointers))]
 
 
-def test_launches_share_one_piece_of_scratch(monkeypatch):
-    monkeypatch.setattr("wm_kernels.triton_launch._compile", lambda *launch: None)
+def test_launches_share_one_piece_of_scratch():
     kernel, one, two = Kernel(), Scratch((3,), torch.float64), Scratch((40,), torch.int64)
     plan = Plan((launch(kernel), Launch(kernel, (1,), ("y", 5, "z"), {"EVEN": False, "BLOCK": 1})), {"y": one, "z": two})
     x = torch.zeros(8)
@@ -139,9 +140,47 @@ assert one == other
 """
 
 
+CALLERS = """
+import contextlib
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from wm_kernels import triton_launch
+from wm_kernels.router_topk.plan import plan
+
+
+class Driver:
+    built = []
+
+    def launcher_cls(self, source, metadata):
+        self.built.append(source)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+driver.set_active(Driver())
+torch.cuda.device = lambda device: contextlib.nullcontext()
+(launch,) = plan(4096, 64, 8, torch.bfloat16, False, 64, "sm_90").launches
+arguments = [*(torch.bfloat16, torch.bfloat16, torch.int64), *launch.arguments[3:]]
+triton_launch._build_caller(launch, arguments, 0)
+compiled = launch.kernel.warmup(*arguments, grid=launch.grid, **launch.constants, **launch.options)
+(source,) = Driver.built
+assert (source.signature, source.constants) == (compiled.src.signature, compiled.src.constants)
+"""
+
+
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-def test_lengths_divisible_by_16_or_not_compile_to_the_same():
+@pytest.mark.parametrize("program", [LENGTHS, CALLERS], ids=["lengths", "callers"])
+def test_what_triton_compiles(program):
+    """Lengths divisible by 16 or not compile to the same; what calls a kernel is built early for the kernel that is compiled."""
     paths = [str(ROOT), str(ROOT / "kernels"), *sys.path]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run([sys.executable, "-c", LENGTHS], env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]

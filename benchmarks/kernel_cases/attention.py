@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import wm_kernels as ops
 from kernel_cases import Case, Inputs, Space, grid
-from kernel_cases._common import generator, normal, once, over_budget
+from kernel_cases._common import generator, normal, once, over_budget, without_init
 from wm_kernels.attention.definition import attention_reference
 
 H, K, P, W = 16, 4, 128, 2048
@@ -186,6 +186,7 @@ def _flex(v: Inputs) -> Callable[[], Any]:
 
 def _sparse(v: Inputs) -> Callable[[], Any]:
     """flash-sparse-attn's deprecated kernel; one mask for all heads, since one for each overflows its 32-bit offsets."""
+    without_init("flash_sparse_attn")
     from flash_sparse_attn.deprecated.flash_sparse_attn_triton import triton_sparse_attn_func
 
     T, end = v["q"].shape[1], once_more(v, "evicted", lambda: evicted(v["score"][0]).cuda())[0]

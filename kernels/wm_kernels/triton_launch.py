@@ -11,7 +11,7 @@ from functools import cache, cached_property
 from itertools import accumulate
 from math import prod
 from operator import itemgetter
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -213,9 +213,11 @@ def compile_together(plan: Plan, named: Mapping[str, Tensor], device: int) -> No
     dtypes = {name: tensor.dtype for name, tensor in named.items()}
     new = {_kind(launch, dtypes, device): launch for launch in plan.launches if 0 not in launch.grid}
     new = {kind: launch for kind, launch in new.items() if kind not in _met}
-    if len(new) > 1:
+    if new:
+        _start_compiler()
+        # The last launch of an op is seldom its smallest: it comes first.
         with ThreadPoolExecutor(len(new)) as threads:
-            for done in [threads.submit(_compile, launch, dtypes, device) for launch in new.values()]:
+            for done in [threads.submit(_compile, launch, dtypes, device) for launch in reversed(new.values())]:
                 done.result()
     _met.update(new)
 
@@ -225,11 +227,45 @@ def _kind(launch: Launch, dtypes: Mapping[str, torch.dtype], device: int) -> tup
     return (device, launch.kernel, *launch.constants.items(), *launch.options.values(), *pointers)
 
 
+@cache
+def _start_compiler() -> None:
+    """What Triton does once before it compiles: it hashes its own 400 MB, and builds its driver; here at the same time."""
+    from triton.runtime import driver
+    from triton.runtime.cache import triton_key
+
+    with ThreadPoolExecutor(1) as thread:
+        hashed = thread.submit(triton_key)
+        _ = driver.active.utils
+        hashed.result()
+
+
 def _compile(launch: Launch, dtypes: Mapping[str, torch.dtype], device: int) -> None:
+    arguments = [dtypes[value] if isinstance(value, str) else value for value in launch.arguments]
     with torch.cuda.device(device):  # a thread starts on the first one
-        arguments = [dtypes[value] if isinstance(value, str) else value for value in launch.arguments]
-        made = launch.kernel.warmup(*arguments, grid=launch.grid, **launch.constants, **launch.options)
-        _ = made.run  # builds what calls the kernel, and loads it
+        _ = launch.kernel.device_caches[device]  # not made twice
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(_build_caller, launch, arguments, device)
+            made = launch.kernel.warmup(*arguments, grid=launch.grid, **launch.constants, **launch.options)
+        _ = made.run  # loads it, and what calls it
+
+
+def _build_caller(launch: Launch, arguments: Sequence[Any], device: int) -> None:
+    """Have the C compiler build what calls a kernel while that is compiled; Triton would wait for one, then for the other.
+
+    It is found in Triton's cache afterwards. Should another version of Triton refuse, nobody asks: Triton then builds it itself.
+    """
+    from triton.compiler import ASTSource
+    from triton.runtime import driver
+    from triton.runtime.jit import MockTensor
+
+    kernel, options = launch.kernel, {**launch.options, "debug": False, "instrumentation_mode": ""}
+    with torch.cuda.device(device):
+        backend, binder = kernel.device_caches[device][3:]
+        bound, specialization, given = binder(*map(MockTensor.wrap_dtype, arguments), **launch.constants, **options)
+        _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, given)
+        source = ASTSource(kernel, signature, constants, attributes)
+        unknown = dict.fromkeys(("global_scratch_size", "global_scratch_align", "profile_scratch_size", "profile_scratch_align"), 0)
+        driver.active.launcher_cls(source, SimpleNamespace(**unknown, launch_cooperative_grid=False, launch_pdl=False))
 
 
 KNOWN = 1024  # calls that an op remembers
