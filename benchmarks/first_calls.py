@@ -54,12 +54,12 @@ def main() -> None:
     if not given.all:
         wanted = list({op: (op, name) for op, name in reversed(wanted)}.values())[::-1]
     with ThreadPoolExecutor(given.side_by_side) as processes:
-        seconds = list(processes.map(lambda case: apart(*case), wanted))
-    for (op, name), value in zip(wanted, seconds, strict=True):
-        print(f"{op} {name}: {value if isinstance(value, str) else f'{value:.2f} s'}")
-    if given.json:
-        found = [{"op": op, "case": name, "first_call_s": value} for (op, name), value in zip(wanted, seconds, strict=True)]
-        given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        found = []
+        for (op, name), value in zip(wanted, processes.map(lambda case: apart(*case), wanted), strict=True):
+            print(f"{op} {name}: {value if isinstance(value, str) else f'{value:.2f} s'}", flush=True)
+            found.append({"op": op, "case": name, "first_call_s": value})
+            if given.json:
+                given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Every regime that lengths decide is among them: single steps, prompts of one chunk and of several, segments of chunks side by side.
 """
 
-import sys
+import argparse
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,15 +43,19 @@ def calls() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
 
 
 def main() -> None:
-    """Of the dtypes named, all by default."""
-    for dtype in (getattr(torch, name) for name in sys.argv[1:] or ("float32", "bfloat16", "float16")):
+    """All calls, or some."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("dtypes", nargs="*", default=["float32", "bfloat16", "float16"], help="default all that have kernels")
+    parser.add_argument("--only", default="", help="calls whose names hold this")
+    given = parser.parse_args()
+    for dtype in (getattr(torch, name) for name in given.dtypes):
         for name, op, call in calls():
-            for mode in ("fast", "exact"):
+            for mode in ("fast", "exact") if given.only in name else ():
                 print(dtype, name, mode, flush=True)
                 with numerics(mode):
                     op(*on_cuda(op, call, dtype))
                 torch.cuda.synchronize()
-    print("every op was called")
+    print("every op was called" if not given.only else f"every call of {given.only} was made")
 
 
 if __name__ == "__main__":
