@@ -1,6 +1,13 @@
-"""Table, bars and plot of `benchmarks/kernels.py`, between two marks of docs/performance.md and in docs/kernels.svg."""
+"""Table, bars and plot of `benchmarks/kernels.py`, between two marks of docs/performance.md and in docs/kernels.svg.
 
-from collections.abc import Iterable
+    python benchmarks/_kernels_report.py RUN.json RUN.json ...
+
+writes them from several runs, each of some cases: a case's last row counts, unless an earlier one has more peers.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
 from html import escape
 from math import log10
 from pathlib import Path
@@ -21,6 +28,24 @@ def write(results: Measured, docs: Path) -> None:
     (docs / "kernels.svg").write_text(plot(results), encoding="utf-8")
 
 
+def join(runs: Sequence[Measured]) -> Measured:
+    """One table from several runs; what a row is compared with is always of its own run."""
+    cases: dict[tuple[str, str, str], Measured] = {}
+    for number, run in enumerate(runs, 1):
+        for found in run["cases"]:
+            key = found["op"], found["case"], found["dtype"]
+            bars = {text: bar(run, found, text)[0] for text in found["bars"]}
+            new = found | {"run": number, "rates": run["rates"], "measured": bars}
+            if key not in cases or _timed(new) >= _timed(cases[key]):
+                cases[key] = new
+    ordered = sorted(cases.values(), key=lambda found: (found["op"], found["run"]))
+    return {**runs[-1], "runs": [{"machine": run["machine"], "rates": run["rates"]} for run in runs], "cases": ordered}
+
+
+def _timed(found: Measured) -> int:
+    return sum("us" in row for row in found.get("peers", {}).values())
+
+
 def line(found: Measured, rates: Measured) -> str:
     """One case as a line of text."""
     head = f"{found['op']} {found['case']} {found['dtype']}"
@@ -38,18 +63,23 @@ def _over(row: Measured, ours: float) -> str:
 
 def _share(found: Measured, rates: Measured) -> str:
     """Achieved bytes/s and FLOP/s over what the card does at best."""
-    seconds = found["ours"]["us"] * 1e-6
+    seconds, rates = found["ours"]["us"] * 1e-6, found.get("rates", rates)
     moved, done = found["bytes"] / seconds, found["flops"] / seconds
     return f"{moved / 1e12:.2f} TB/s ({moved / rates['copy_bytes_s']:.0%}), {done / 1e12:.1f} TFLOP/s ({done / rates['matmul_flop_s']:.0%})"
 
 
 def render(results: Measured) -> str:
     """Machine, table of cases, bars, peers that cannot run, as markdown."""
-    machine, rates = results["machine"], results["rates"]
+    runs = results.get("runs", [results])
+    head = "\n".join(f"{f'{number}. ' if len(runs) > 1 else ''}{_setting(run)}" for number, run in enumerate(runs, 1))
+    return "\n\n".join([head, _cases(results), _bars(results), *_reasons(results)])
+
+
+def _setting(run: Measured) -> str:
+    machine, rates = run["machine"], run["rates"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     head = f"{machine['date']}: {machine['device']}, {versions}. A copy moves {rates['copy_bytes_s'] / 1e12:.2f} TB/s (read and written), "
-    head += f"an 8192³ bf16 product does {rates['matmul_flop_s'] / 1e12:.0f} TFLOP/s."
-    return "\n\n".join([head, _cases(results), _bars(results), *_reasons(results)])
+    return head + f"an 8192³ bf16 product does {rates['matmul_flop_s'] / 1e12:.0f} TFLOP/s."
 
 
 def _table(rows: Iterable[tuple[str, ...]]) -> str:
@@ -61,7 +91,7 @@ def _table(rows: Iterable[tuple[str, ...]]) -> str:
 def _cases(results: Measured) -> str:
     rows = [("op, case, dtype", "µs", "in a graph", "launches", "extra MB", "achieved", "peers: µs (× ours)")]
     for found in results["cases"]:
-        name = f"{found['op']}, {found['case']}, {found['dtype']}"
+        name = f"{found['op']}, {found['case']}, {found['dtype']}" + (f" (run {found['run']})" if "run" in found else "")
         if "ours" not in found:
             rows.append((name, "wrong", *("–",) * 6))
             continue
@@ -78,6 +108,8 @@ def bar(results: Measured, found: Measured, text: str) -> tuple[float | None, st
     ours, peers = found.get("ours"), found.get("peers", {})
     if ours is None:
         return None, "≥"
+    if "measured" in found:
+        return found["measured"][text], "≤" if text.startswith(("memory ÷", "time ÷", "launches")) else "≥"
     if text.startswith("× "):
         times = [peers.get(name, {}).get("us") for name in text[2:].split(" + ")]
         return (None if None in times else sum(times) / ours["us"]), "≥"
@@ -172,3 +204,10 @@ def plot(results: Measured) -> str:
         + "\n".join(['<rect width="100%" height="100%" fill="#fff"/>', title, *keys, *lines, *marks, *parts])
         + "\n</svg>\n"
     )
+
+
+if __name__ == "__main__":
+    docs = Path(__file__).parents[1] / "docs"
+    joined = join([json.loads(Path(name).read_text(encoding="utf-8")) for name in sys.argv[1:]])
+    (docs.parent / "benchmarks/results/kernels.json").write_text(json.dumps(joined, indent=1), encoding="utf-8")
+    write(joined, docs)

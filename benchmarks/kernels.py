@@ -11,8 +11,10 @@ import gc
 import inspect
 import json
 import os
+import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,9 @@ def extra_memory(call: Callable[[], Any]) -> int:
     torch.cuda.reset_peak_memory_stats()
     made = call()
     peak = torch.cuda.max_memory_allocated()
-    tensors = [made] if isinstance(made, torch.Tensor) else [value for value in made or () if isinstance(value, torch.Tensor)]
+    # Of tuples alone: flex_attention's BlockMask answers every index, and would be walked through without end.
+    values = made if isinstance(made, tuple | list) else (made,)
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
     returned = torch.cuda.memory_allocated() - before if tensors else 0
     return max(0, peak - before - returned)
 
@@ -66,11 +70,28 @@ def timed(call: Callable[[], Any]) -> Measured:
     return {"us": microseconds(call), "extra_bytes": extra_memory(call)}
 
 
-def peer(case: Case, name: str, inputs: Inputs) -> Measured:
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError where the block takes longer, after a call into C as it returns; in the main thread alone. 0: any time."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise TimeoutError(f"not measured within {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def peer(case: Case, name: str, inputs: Inputs, limit: float) -> Measured:
     """A peer's figures, or why it cannot run."""
     torch._dynamo.reset()
     try:
-        return timed(case.peers[name](inputs))
+        with at_most(limit):
+            return timed(case.peers[name](inputs))
     except Exception as error:  # whatever a peer raises is the answer
         return {"reason": _trials.reason_of(error)}
     finally:
@@ -78,8 +99,8 @@ def peer(case: Case, name: str, inputs: Inputs) -> Measured:
         torch.cuda.empty_cache()
 
 
-def measure(case: Case, wanted: list[str], reasons: Mapping[str, str]) -> Measured:
-    """Everything about one case; peers that have a reason not to be called are not."""
+def measure(case: Case, wanted: list[str], reasons: Mapping[str, str], limit: float) -> Measured:
+    """Everything about one case; peers that have a reason not to be called are not, and none is waited for longer than the limit."""
     torch.manual_seed(0)
     inputs = case.make()
     begun = time.perf_counter()
@@ -96,7 +117,7 @@ def measure(case: Case, wanted: list[str], reasons: Mapping[str, str]) -> Measur
     if found["ours"]["us"] < GRAPHED:
         found["ours"]["graph_us"] = graph_microseconds(lambda: case.ours(inputs))
     names = [name for name in case.peers if not wanted or name in wanted]
-    found["peers"] = {name: {"reason": reasons[name]} if name in reasons else peer(case, name, inputs) for name in names}
+    found["peers"] = {name: {"reason": reasons[name]} if name in reasons else peer(case, name, inputs, limit) for name in names}
     inputs.clear()
     gc.collect()
     torch.cuda.empty_cache()
@@ -123,7 +144,7 @@ def main() -> int:
     parser.add_argument("--op", nargs="*", default=[], help="ops; default all")
     parser.add_argument("--case", nargs="*", default=[], help="names of cases; default all")
     parser.add_argument("--peers", nargs="*", default=[], help="names of peers; default all")
-    parser.add_argument("--limit", type=float, default=_trials.LIMIT_S, help="seconds that a peer's first call may take; 0: no trials")
+    parser.add_argument("--limit", type=float, default=_trials.LIMIT_S, help="seconds that a peer may take; 0: any time, and no trials")
     parser.add_argument("--trials", type=Path, help="what benchmarks/_trials.py wrote, in place of new trials")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/kernels.json", help="where the figures go, as they come in")
     parser.add_argument("--write", action="store_true", help="write docs/performance.md and docs/kernels.svg too")
@@ -145,7 +166,7 @@ def main() -> int:
     results: Measured = {"machine": machine(), "rates": rates(), "cases": []}
     for case in cases:
         with torch.inference_mode():  # as sessions run; an op that writes into its state costs torch less there
-            results["cases"].append(measure(case, given.peers, reasons.get((case.op, case.name), {})))
+            results["cases"].append(measure(case, given.peers, reasons.get((case.op, case.name), {}), given.limit))
         print(_kernels_report.line(results["cases"][-1], results["rates"]), flush=True)
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(results, indent=1), encoding="utf-8")

@@ -22,7 +22,9 @@ def modules(monkeypatch):
     """Import a benchmark's module by name; they lie outside the packages."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
-    for name in [name for name in sys.modules if name.split(".")[0] in ("_kernels_report", "_trials", "kernel_cases", "tune")]:
+    for name in [
+        name for name in sys.modules if name.split(".")[0] in ("_kernels_report", "_timing", "_trials", "kernel_cases", "kernels", "tune")
+    ]:
         sys.modules.pop(name)
 
 
@@ -121,6 +123,51 @@ def test_peers_after_one_that_ends_its_process_are_tried_in_another(modules, mon
     outcomes = trials.apart("a", "M", ["good", "bad", "last"], 7.0)
     assert [(found["peer"], "reason" in found) for found in outcomes] == [("good", False), ("bad", True), ("last", False)]
     assert started == [["good", "bad", "last"], ["last"]]
+
+
+def test_runs_of_some_cases_are_joined_and_compared_within_themselves(modules, tmp_path):
+    report = modules("_kernels_report")
+    bars = {"× p": 1.0, "time ÷ M": 2.0}
+    first, second = results(bars=bars), results(bars=bars, ours=figures(50.0), peers={"p": figures(400.0)})
+    second["cases"].append(second["cases"][0] | {"case": "N", "ours": figures(90.0), "peers": {}})
+    second["rates"] = {"copy_bytes_s": 6e12, "matmul_flop_s": 7e14}
+    joined = report.join([first, second])
+    rows = {row["case"]: row for row in joined["cases"]}
+    assert (rows["M"]["run"], rows["N"]["run"]) == (1, 2)  # the first M has two peers, the second one
+    assert report.bar(joined, rows["M"], "× p") == (3.0, "≥")
+    assert report.bar(joined, rows["N"], "time ÷ M") == (pytest.approx(1.8), "≤")  # the M of its own run
+    text = report.render(joined)
+    assert "| a, N, bfloat16 (run 2) | 90.0 |" in text
+    assert "3.33 TB/s (56%)" in text
+    assert "1. D: X, torch 2. A copy moves 3.00 TB/s" in text
+
+
+class Endless:
+    """As flex_attention's BlockMask: every index has an answer, so that a loop over it has no end."""
+
+    def __getitem__(self, index):
+        return self
+
+
+@pytest.mark.parametrize("made", [Endless(), None, 1.0, torch.zeros(2), (torch.zeros(2), None)])
+def test_extra_memory_takes_whatever_a_peer_returns(modules, monkeypatch, made):
+    kernels = modules("kernels")
+    for name, value in (("memory_allocated", 100), ("max_memory_allocated", 170), ("reset_peak_memory_stats", None)):
+        monkeypatch.setattr(kernels.torch.cuda, name, lambda value=value: value)
+    with kernels.at_most(20):
+        assert kernels.extra_memory(lambda: made) == 70
+
+
+def test_a_peer_that_never_ends_is_given_up(modules, monkeypatch):
+    kernels = modules("kernels")
+    monkeypatch.setattr(kernels.torch.cuda, "empty_cache", lambda: None)
+
+    def endless(inputs):
+        while True:
+            pass
+
+    case = modules("kernel_cases").Case("a", "M", "bfloat16", dict, dict, dict, {"endless": endless})
+    assert kernels.peer(case, "endless", {}, 0.2) == {"reason": "TimeoutError: not measured within 0.2 s"}
 
 
 def test_every_bar_of_a_case_names_something_measured(modules):
