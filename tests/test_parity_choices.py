@@ -53,7 +53,7 @@ def test_an_oracle_makes_the_choices_it_is_told_and_its_own_change_nothing(name:
     np.testing.assert_allclose(same.logits_BTV, own.logits_BTV, rtol=0, atol=1e-12)
     wrong = {name: other.choices[name] for name in names}
     followed, verdict = oracle.follow(draws, own, wrong)
-    assert not verdict.passed
+    assert not verdict.total.passed
     assert np.abs(followed - own.logits_BTV).max() > 1e-3
     for op in {op_of(name) for name in names}:
         one = oracle.run(draws, {name: value for name, value in wrong.items() if op_of(name) == op})

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from wm_graph.params import Params
-from wm_graph.tolerances import FLOOR_ULPS, UNIT_ROUNDOFF, choice_excess_limit, model_limit
+from wm_graph.tolerances import FLOOR_ULPS, UNIT_ROUNDOFF, model_limit
 from wm_runtimes.bundle import Bundle
 from wm_runtimes.choice_names import choice_names
 from wm_runtimes.choices import EagerRunner
@@ -21,7 +21,7 @@ from wm_runtimes.draws import Array, Choices, Draws, Runner, SessionRunner, run_
 from wm_runtimes.labels import graph_option, open_labelled, runtime_of
 from wm_runtimes.op_parity import YARDSTICK, TellingOracle
 from wm_runtimes.parity import Progress, over_limits
-from wm_runtimes.selections import NOTHING_CHOSEN, Judgement
+from wm_runtimes.selections import Verdict
 from wm_runtimes.tap_runners import PromotedValues, RecordedOps
 
 PROMPT = 32
@@ -43,8 +43,8 @@ class GrowthRow:
         R_limit: its limit, that of a whole model.
         choice_rate: share of choices along the whole text that differ from the oracle's.
         choice_rate_limit: its limit.
-        choice_excess: worst shortfall of a choice over its score budget.
-        choice_excess_limit: its limit, 1 unless the model amplifies rounding.
+        choice_excess: worst shortfall of a choice over its score budget, of the op that comes nearest to its limit.
+        choice_excess_limit: that op's limit, 1 unless the model amplifies rounding.
     """
 
     dtype: str
@@ -153,17 +153,17 @@ class _Growth:
         self.choices = choice_names(bundle.config, PROMPT + steps)
         self.oracle = TellingOracle(bundle.config, params, bundle.dtype)
         self.expected_BSV, self.recorded = self._expected(None)
-        self.moved = NOTHING_CHOSEN
+        self.moved = Verdict()
         if self.choices:
             _, moved = self._expected(None, UNIT_ROUNDOFF[bundle.dtype])
             _, self.moved = self._following({name: moved[name] for name in self.choices})
         self.errors: dict[str, Array] = {}
-        self.verdicts: dict[str, Judgement] = {}
+        self.verdicts: dict[str, Verdict] = {}
 
     def add(self, name: str) -> None:
         """Decode in one runtime, and compare."""
         logits_BSV, choices = self._decode(name)
-        expected_BSV, self.verdicts[name] = self._following(choices) if choices else (self.expected_BSV, NOTHING_CHOSEN)
+        expected_BSV, self.verdicts[name] = self._following(choices) if choices else (self.expected_BSV, Verdict())
         self.errors[name] = np.sqrt(np.square(logits_BSV - expected_BSV).mean((0, 2)))
 
     def rows(self) -> list[GrowthRow]:
@@ -174,6 +174,8 @@ class _Growth:
 
     def _row(self, name: str, below: float) -> GrowthRow:
         limit = model_limit(self.bundle.dtype, "eager" if name == YARDSTICK else runtime_of(name))
+        verdict = self.verdicts[name]
+        excess, excess_limit = verdict.excess_and_limit(self.moved)
         return GrowthRow(
             dtype=self.bundle.dtype,
             runtime=name,
@@ -181,13 +183,13 @@ class _Growth:
             rms=tuple(self.errors[name].tolist()),
             R=_pooled(self.errors[name]) / below if below else (0.0 if not self.errors[name].any() else math.inf),
             R_limit=limit.R,
-            choice_rate=self.verdicts[name].rate,
+            choice_rate=verdict.total.rate,
             choice_rate_limit=limit.choice_rate,
-            choice_excess=self.verdicts[name].excess,
-            choice_excess_limit=choice_excess_limit(self.moved.excess),
+            choice_excess=excess,
+            choice_excess_limit=excess_limit,
         )
 
-    def _following(self, choices: Choices) -> tuple[Array, Judgement]:
+    def _following(self, choices: Choices) -> tuple[Array, Verdict]:
         """The oracle's logits after the marked steps when it makes these choices, and its verdict on them."""
         expected_BSV, recorded = self._expected(choices)
         return expected_BSV, self.oracle.judge(self.draws, recorded, choices)
