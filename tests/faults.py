@@ -37,7 +37,8 @@ class Fault:
         graph: the ONNX file that is wrong; empty for torch runtimes.
         dtype: of the bundle, "fp32" or "fp16".
         shows: where alone it shows: "decode" (single tokens), "padding" (rows of unequal length), "window" (rows longer than the window),
-            "float16" (a float32 file has nothing of the kind), "pieces" (several tokens after others), "far" (positions from 256 on);
+            "float16" (a float32 file has nothing of the kind), "pieces" (several tokens after others), "far" (positions from 256 on),
+            "choices" (the values are those of the choices made);
             "everywhere" otherwise.
     """
 

@@ -73,8 +73,17 @@ def test_a_fault_shows_only_where_it_says(made: Bundles, tmp_path: Path, fault: 
         with suppress(LookupError):  # a float32 file has no such node, or the edit changes nothing that counts
             assert not sees(made(CONFIGS[fault.family], "fp32")[1], tmp_path, fault)
         return
-    with fault.planted(made(CONFIGS[fault.family], fault.dtype)[1], tmp_path) as folder:
+    bundle = made(CONFIGS[fault.family], fault.dtype)[1]
+    if fault.shows == "choices":
+        assert all("choice" in failure for failure in sees(bundle, tmp_path, fault))
+        return
+    with fault.planted(bundle, tmp_path) as folder:
         assert not by_parity(folder, fault, **WELL[fault.shows])
+
+
+@pytest.mark.parametrize("fault", **named([fault for fault in FAULTS if fault.shows == "choices"]))
+def test_a_worse_choice_is_over_its_score_budget(made: Bundles, tmp_path: Path, fault: Fault) -> None:
+    assert "shortfall" in sees(made(CONFIGS[fault.family], fault.dtype)[1], tmp_path, fault)[-1]
 
 
 def test_the_catalogue_is_large_and_spread_over_ops_and_kinds() -> None:
@@ -86,7 +95,7 @@ def test_the_catalogue_is_large_and_spread_over_ops_and_kinds() -> None:
     assert {fault.graph for fault in onnx_faults} == {"model.ort.onnx", "model.onnx"}
     assert {fault.runtime for fault in FAULTS} == {"onnxruntime-cpu", "eager", "compiled"}
     shown = Counter(fault.shows for fault in FAULTS)
-    assert all(shown[kind] >= 3 for kind in ("decode", "padding", "window", "float16"))
+    assert all(shown[kind] >= 3 for kind in ("decode", "padding", "window", "float16", "choices"))
     assert shown["pieces"] >= 2
     assert shown["far"] >= 1
 

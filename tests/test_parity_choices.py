@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from faults import noisy, onnx_reads_another_weight
+from faults import noisy, onnx_reads_another_weight, wrong_op
+from faults_torch import best_expert_of_few_lost
 from helpers import COMPILED_FAMILIES, DTYPES, FAMILIES, OPTIONS, lively_params, random_tokens, sharp_params
 from wm_export import export_bundle
 from wm_graph import forward, save_checkpoint
@@ -95,6 +96,16 @@ def test_score_budget_is_as_wide_as_the_oracles_own_choices_move_with_its_weight
     assert (row.choice_excess_limit > 1) is (share < 1)
 
 
+def test_a_widened_score_budget_still_refuses_a_few_worse_choices(made, monkeypatch) -> None:
+    _, bundle = made(FAMILIES["cheems-2407-tiny"], "fp16")
+    table = score_budget("product_key_topk", "float16")
+    monkeypatch.setattr("wm_runtimes.parity.score_budget", lambda op, dtype: replace(table, ulps=table.ulps / 96))
+    with wrong_op("product_key_topk", best_expert_of_few_lost):
+        (row,) = measure_parity(open_bundle(bundle), ["eager"], draws=16, longest_prompt=70, decode_steps=3).rows
+    assert row.choice_excess > row.choice_excess_limit > 1
+    assert all("choice" in failure for failure in row.failures)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch warns about itself
 @pytest.mark.parametrize("name", COMPILED_FAMILIES)
 def test_compiled_passes_and_tells_its_choices(tmp_path: Path, name: str) -> None:
@@ -122,7 +133,7 @@ def test_choices_by_other_scores_fail_as_choices(made, tmp_path: Path, cfg, weig
     onnx_reads_another_weight(copy, weight, lambda value: noisy(value, 1.0))
     (row,) = measure_parity(open_bundle(copy), ["onnxruntime-cpu"], draws=4, longest_prompt=40, decode_steps=3).rows
     assert row.choice_rate > row.choice_rate_limit
-    assert row.choice_excess > 1
+    assert row.choice_excess > row.choice_excess_limit
 
 
 # The judges.
