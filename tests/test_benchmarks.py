@@ -30,7 +30,7 @@ def modules(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.syspath_prepend(str(BENCHMARKS / "peers"))
     yield importlib.import_module
-    for name in ("_report", "_peers", "_processes", "cpu", "protocol"):
+    for name in ("_report", "_peers", "_processes", "cpu", "protocol", "presets"):
         sys.modules.pop(name, None)
 
 
@@ -171,6 +171,18 @@ def test_results_of_another_protocol_are_not_kept(modules):
     new = {"machine": {**MACHINE, "date": "later"}, "protocol": PROTOCOL}
     assert cpu.merge(old, new)["export"] == {"seconds": 1.0}
     assert cpu.merge(old, {**new, "protocol": {**PROTOCOL, "repeats": 9}}) == {**new, "protocol": {**PROTOCOL, "repeats": 9}}
+
+
+def test_parity_of_presets_is_written_from_its_record_and_tells_every_pair(modules):
+    presets = modules("presets")
+    found = json.loads((BENCHMARKS / "results" / "presets.json").read_text())
+    page = (BENCHMARKS.parent / "docs" / "parity.md").read_text()
+    assert page == presets.render(found)
+    lines = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    told = {(line[0], line[1], line[2]): line[-1] for line in lines}
+    assert len(told) == len(lines) == 3 * len(found) == 6 * len(presets.PRESETS)
+    assert {runtime for (_, _, runtime), verdict in told.items() if "M parameters, over" in verdict} == {"compiled"}
+    assert all(verdict == "passed |" or "M parameters, over" in verdict for verdict in told.values())
 
 
 def test_command_explains_itself():

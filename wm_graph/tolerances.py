@@ -275,7 +275,7 @@ def _models() -> Iterator[str]:
 def _budgets() -> Iterator[str]:
     yield "\n## Choices\n"
     yield "A choice may differ from the oracle's only where, by the oracle's scores, it is worse by at most `ulps · u · scale`."
-    yield f"That budget is widened to {CHOICE_MOVED:g} times the most by which, anywhere in the model, the oracle's own choices become"
+    yield f"That budget is widened to {CHOICE_MOVED:g} times the most by which the oracle's own choices by that op, in all layers, become"
     yield f"worse when each weight moves by up to u, but at most {CHOICE_AMPLIFIED:g}-fold."
     yield "Values are then compared with an oracle that made the runtime's choices. Greedy texts are compared up to the first"
     yield "step whose two best logits are closer than the budget of `argmax`.\n"
