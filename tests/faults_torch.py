@@ -141,7 +141,7 @@ def _first_of_few(x_BTx: Tensor, k: int) -> Tensor:
     return torch.where(few_BT, 0, k).view(*few_BT.shape, *[1] * (x_BTx.dim() - 2))
 
 
-def best_expert_of_few_lost(right: Any, query_BTR2d: Tensor, keys_RJ2d: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _best_expert_of_few_lost(right: Any, query_BTR2d: Tensor, keys_RJ2d: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return _one_left_out(right(query_BTR2d, keys_RJ2d, k + 1), _first_of_few(query_BTR2d[..., 0], k))
 
 
@@ -186,7 +186,7 @@ _EXPERTS = (
     _op("last expert dropped", "moe_mix", "jamba-tiny", _last_expert_silent),
     _op("weights not normalised", "router_topk", BY_QUERY_HEAD, lambda right, logits, k, normalize: right(logits, k, False)),
     _op("experts counted from one", "router_topk", "jamba-tiny", _by_other_experts),
-    _op("best expert of a few tokens left out", "product_key_topk", "cheems-tiny-moe", best_expert_of_few_lost, **_CHOICES),
+    _op("best expert of a few tokens left out", "product_key_topk", "cheems-tiny-moe", _best_expert_of_few_lost, **_CHOICES),
     _op("next expert for the last", "product_key_topk", "cheems-tiny-moe",
         lambda right, query, keys, k: _one_left_out(right(query, keys, k + 1), k - 1), **_CHOICES),
     _op("best expert of a few tokens left out", "router_topk", "jamba-tiny", _best_route_of_few_lost, **_CHOICES),

@@ -163,7 +163,7 @@ class Judge:
         choices = {name: taps[name].numpy() for name in self.names}
         expected_BTV, verdict = self.oracle.follow(self.draws, self.own, choices)
         assert logits_BTV.shape == expected_BTV.shape
-        return float((logits_BTV.double() - torch.from_numpy(expected_BTV)).abs().max()) if verdict.total.passed else float("inf")
+        return float((logits_BTV.double() - torch.from_numpy(expected_BTV)).abs().max()) if verdict.passed else float("inf")
 
     def run(self, pieces: Sequence[int] | None, in_place: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """The tokens through `forward` in pieces of the given lengths; None is the training path. Logits and taps, joined along T."""

@@ -23,7 +23,6 @@ from wm_runtimes import open_bundle
 from wm_runtimes.check import check_bundle
 from wm_runtimes.onnxruntime_cpu import OnnxRuntimeCpuSession
 from wm_runtimes.parity import ParityReport, ParityRow, measure_parity
-from wm_runtimes.selections import Judgement, Verdict
 from wm_runtimes.torch_runtimes import EagerSession
 
 # Every op, both kinds of choices, and a window shorter than the draws.
@@ -169,7 +168,7 @@ def test_choices_by_other_scores_fail_as_choices(folder: Path, tmp_path: Path, m
     change_a_weight(name, noisy)(copy, monkeypatch)
     (row,) = measure_parity(open_bundle(copy), ["onnxruntime-cpu"], draws=4, longest_prompt=40, decode_steps=3).rows
     assert row.choice_rate > row.choice_rate_limit
-    assert row.choice_excess > row.choice_excess_limit
+    assert row.choice_excess > 1
 
 
 def test_wrong_eager_fails_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,12 +184,12 @@ def test_nothing_compared_is_no_pass(folder: Path) -> None:
     with pytest.raises(InputError, match="draws is 0"):
         measure_parity(bundle, ["eager"], draws=0)
     assert not ParityReport("x", 0, 0, 0.0, 0.0, ()).passed
-    assert not ParityRow("eager", "float32", 0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0).passed
+    assert not ParityRow("eager", "float32", 0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0).passed
 
 
 @pytest.mark.parametrize("field", ["R", "max_abs", "choice_rate", "choice_excess"])
 def test_nan_never_passes(field: str) -> None:
-    row = ParityRow("eager", "float32", 9, 1.0, 2.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0)
+    row = ParityRow("eager", "float32", 9, 1.0, 2.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
     assert row.passed
     bad = replace(row, **{field: math.nan})
     assert not bad.passed
@@ -214,17 +213,6 @@ def test_check_follows_the_choices_of_half_precision(half_folder: Path, monkeypa
     report = check_bundle(half_folder, ["onnxruntime-cpu"])
     assert not report.passed  # too strict a limit, but the choices were followed and judged
     assert all(row.choice_excess <= 1.0 for row in report.rows)
-
-
-@pytest.mark.parametrize(("moved", "passed"), [(1.0, True), (0.5, False)])
-def test_check_widens_score_budgets_as_parity_does(half_folder: Path, monkeypatch: pytest.MonkeyPatch, moved: float, passed: bool) -> None:
-    forward = EagerSession._forward
-    verdict, moves = (Verdict({"product_key_topk": Judgement(1000, 1, excess)}) for excess in (1.5, moved))
-    monkeypatch.setattr(EagerSession, "_forward", lambda self, *args: forward(self, *args) + 1)
-    monkeypatch.setattr("wm_runtimes.check._follow", lambda bundle, golden, *rest: (golden.logits_BTV + 1, verdict, moves))
-    row = check_bundle(half_folder, ["eager"]).rows[-1]
-    assert row.passed is passed, row.detail
-    assert row.choice_excess == 1.5
 
 
 def test_check_names_a_damaged_file(folder: Path, tmp_path: Path) -> None:

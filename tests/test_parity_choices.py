@@ -4,7 +4,6 @@ B rows, T tokens, S keys, A score heads, R choices side by side, E experts, k pi
 """
 
 import shutil
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -12,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from faults import noisy, onnx_reads_another_weight, wrong_op
-from faults_torch import best_expert_of_few_lost
+from faults import noisy, onnx_reads_another_weight
 from helpers import COMPILED_FAMILIES, DTYPES, FAMILIES, OPTIONS, lively_params, random_tokens, sharp_params
+from report_support import make_bfloat16
 from wm_export import export_bundle
 from wm_graph import forward, save_checkpoint
 from wm_graph.taps import Taps
-from wm_graph.tolerances import score_budget
+from wm_graph.tolerances import UNIT_ROUNDOFF
 from wm_runtimes import open_bundle
 from wm_runtimes.check import check_bundle
 from wm_runtimes.choice_names import choice_names, op_of, selecting_calls
@@ -54,7 +53,7 @@ def test_an_oracle_makes_the_choices_it_is_told_and_its_own_change_nothing(name:
     np.testing.assert_allclose(same.logits_BTV, own.logits_BTV, rtol=0, atol=1e-12)
     wrong = {name: other.choices[name] for name in names}
     followed, verdict = oracle.follow(draws, own, wrong)
-    assert not verdict.total.passed
+    assert not verdict.passed
     assert np.abs(followed - own.logits_BTV).max() > 1e-3
     for op in {op_of(name) for name in names}:
         one = oracle.run(draws, {name: value for name, value in wrong.items() if op_of(name) == op})
@@ -78,32 +77,19 @@ def test_every_family_and_option_passes(made, name: str, dtype: str) -> None:
         assert check.passed, check
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_passes_in_bfloat16(made, tmp_path: Path, name: str) -> None:
+    make_bfloat16(made(FAMILIES[name])[1], tmp_path / "bundle")
+    (row,) = measure_parity(open_bundle(tmp_path / "bundle"), ["eager"], draws=16, longest_prompt=70, decode_steps=3).rows
+    assert row.passed, row
+    assert row.max_abs > 2 * UNIT_ROUNDOFF["float16"]  # it is not float16, nor float32
+
+
 def test_half_precision_chooses_otherwise_and_is_followed(made) -> None:
     _, bundle = made(FAMILIES["jamba-tiny"], "fp16")
     (row,) = measure_parity(open_bundle(bundle), ["eager"], draws=16, longest_prompt=70, decode_steps=3).rows
     assert row.passed, row
     assert 0 < row.choice_rate < row.choice_rate_limit
-
-
-@pytest.mark.parametrize("share", [1.0, 1 / 96])
-def test_score_budget_is_as_wide_as_the_oracles_own_choices_move_with_its_weights(made, monkeypatch, share: float) -> None:
-    _, bundle = made(FAMILIES["cheems-2407-tiny"], "fp16")
-    table = score_budget("product_key_topk", "float16")
-    monkeypatch.setattr("wm_runtimes.parity.score_budget", lambda op, dtype: replace(table, ulps=share * table.ulps))
-    (row,) = measure_parity(open_bundle(bundle), ["eager"], draws=16, longest_prompt=70, decode_steps=3).rows
-    assert row.passed, row
-    assert (row.choice_excess > 1) is (share < 1)
-    assert (row.choice_excess_limit > 1) is (share < 1)
-
-
-def test_a_widened_score_budget_still_refuses_a_few_worse_choices(made, monkeypatch) -> None:
-    _, bundle = made(FAMILIES["cheems-2407-tiny"], "fp16")
-    table = score_budget("product_key_topk", "float16")
-    monkeypatch.setattr("wm_runtimes.parity.score_budget", lambda op, dtype: replace(table, ulps=table.ulps / 96))
-    with wrong_op("product_key_topk", best_expert_of_few_lost):
-        (row,) = measure_parity(open_bundle(bundle), ["eager"], draws=16, longest_prompt=70, decode_steps=3).rows
-    assert row.choice_excess > row.choice_excess_limit > 1
-    assert all("choice" in failure for failure in row.failures)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch warns about itself
@@ -133,7 +119,7 @@ def test_choices_by_other_scores_fail_as_choices(made, tmp_path: Path, cfg, weig
     onnx_reads_another_weight(copy, weight, lambda value: noisy(value, 1.0))
     (row,) = measure_parity(open_bundle(copy), ["onnxruntime-cpu"], draws=4, longest_prompt=40, decode_steps=3).rows
     assert row.choice_rate > row.choice_rate_limit
-    assert row.choice_excess > row.choice_excess_limit
+    assert row.choice_excess > 1
 
 
 # The judges.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from wm_graph.errors import InputError
-from wm_runtimes.selections import Judgement, Verdict, greedy_agreement, judge_experts, judge_router, judge_window, kept_keys
+from wm_runtimes.selections import greedy_agreement, judge_experts, judge_router, judge_window, kept_keys
 
 
 def experts(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -100,11 +100,3 @@ def test_dropping_the_best_is_worse_than_dropping_the_last() -> None:
     assert not dropped.passed
     assert dropped.excess == pytest.approx((10 - 4.9999) / (10 * 1e-3))
     assert dropped.differing == 1
-
-
-def test_the_moves_of_one_op_widen_no_other_ops_limit() -> None:
-    verdict = Verdict({"product_key_topk": Judgement(100, 1, 1.5)}) + Verdict({"router_topk": Judgement(50, 3, 0.25)})
-    assert verdict.total == Judgement(150, 4, 1.5)
-    assert verdict.excess_and_limit(Verdict({"product_key_topk": Judgement(100, 1, 1.0)})) == (1.5, 2.5)
-    assert verdict.excess_and_limit(Verdict({"router_topk": Judgement(50, 1, 1.0)})) == (1.5, 1.0)
-    assert Verdict().excess_and_limit(verdict) == (0.0, 1.0)

@@ -19,7 +19,7 @@ from wm_runtimes.bundle import Bundle, open_bundle
 from wm_runtimes.choice_names import choice_names
 from wm_runtimes.draws import Array, Draws, SessionRunner, Trace, run_draws
 from wm_runtimes.file_checks import check_safetensors
-from wm_runtimes.selections import Judgement, Verdict
+from wm_runtimes.selections import NOTHING_CHOSEN, Judgement
 
 # Two float64 runs of the same weights, on machines that sum in other orders, as a fraction of the logits' scale.
 _SAME_ORACLE = 1e-9
@@ -37,7 +37,7 @@ class CheckRow:
         max_abs: largest error, or difference.
         limit: its limit.
         choice_rate: share of choices that differ from the oracle's.
-        choice_excess: worst shortfall of a choice over its score budget, of the op that comes nearest to its limit.
+        choice_excess: worst shortfall of a choice over its score budget; at most 1.
         passed: everything is within its limit.
         detail: in words, one line.
     """
@@ -213,7 +213,7 @@ def _run(bundle: Bundle, golden: _Golden, name: str, **options: Any) -> Trace:
 def _compare(bundle: Bundle, golden: _Golden, what: str, name: str, trace: Trace, **options: Any) -> CheckRow:
     limits = model_limit(bundle.dtype, name)
     limit = limits.max_abs_at(float(np.sqrt(np.square(golden.logits_BTV).mean())), golden.moved_max_abs)
-    expected_BTV, verdict, moved = golden.logits_BTV, Verdict(), Verdict()
+    expected_BTV, verdict = golden.logits_BTV, NOTHING_CHOSEN
     max_abs = _max_abs(trace.logits_BTV, expected_BTV)
     if np.isfinite(max_abs) and not max_abs <= limit and _chooses(bundle, golden):
         # Another choice than the oracle's may explain it; following that choice takes torch.
@@ -221,19 +221,18 @@ def _compare(bundle: Bundle, golden: _Golden, what: str, name: str, trace: Trace
         if followed is None:
             detail = f"golden logits: max abs {max_abs:.3g}, limit {limit:.3g}; they are not those of the bundle's own weights and config"
             return CheckRow(what, trace.logits_BTV.size, max_abs, limit, 0.0, 0.0, False, detail)
-        expected_BTV, verdict, moved = followed
+        expected_BTV, verdict = followed
         max_abs = _max_abs(trace.logits_BTV, expected_BTV)
-    chosen, (excess, excess_limit) = verdict.total, verdict.excess_and_limit(moved)
-    passed = max_abs <= limit and excess <= excess_limit and chosen.rate <= max(limits.choice_rate, _one_choice(chosen))
+    passed = max_abs <= limit and verdict.passed and verdict.rate <= max(limits.choice_rate, _one_choice(verdict))
     detail = f"golden logits: max abs {max_abs:.3g}, limit {limit:.3g}"
-    if chosen.differing:
-        detail += f"; {chosen.differing} of {chosen.chosen} choices differ, at {excess:.3g} of their budget, limit {excess_limit:.3g}"
-    return CheckRow(what, trace.logits_BTV.size, max_abs, limit, chosen.rate, excess, passed, detail)
+    if verdict.differing:
+        detail += f"; {verdict.differing} of {verdict.chosen} choices differ, at {verdict.excess:.3g} of their budget"
+    return CheckRow(what, trace.logits_BTV.size, max_abs, limit, verdict.rate, verdict.excess, passed, detail)
 
 
-def _one_choice(chosen: Judgement) -> float:
+def _one_choice(verdict: Judgement) -> float:
     """Golden data is short: a single differing choice inside its budget is never over the rate."""
-    return 1.0 / chosen.chosen if chosen.chosen else 0.0
+    return 1.0 / verdict.chosen if verdict.chosen else 0.0
 
 
 def _chooses(bundle: Bundle, golden: _Golden) -> bool:
@@ -241,8 +240,8 @@ def _chooses(bundle: Bundle, golden: _Golden) -> bool:
     return bool(choice_names(bundle.config, golden.draws.tokens_BT.shape[1]))
 
 
-def _follow(bundle: Bundle, golden: _Golden, name: str, options: dict[str, Any]) -> tuple[Array, Verdict, Verdict] | None:
-    """The logits of an oracle that makes the runtime's choices, the verdict on them, and that on the oracle's own when its weights move.
+def _follow(bundle: Bundle, golden: _Golden, name: str, options: dict[str, Any]) -> tuple[Array, Judgement] | None:
+    """The logits of an oracle that makes the runtime's choices, and the verdict on them.
 
     None where the oracle of the bundle's weights does not give the golden logits: then no choice explains the difference.
     """
@@ -257,11 +256,9 @@ def _follow(bundle: Bundle, golden: _Golden, name: str, options: dict[str, Any])
     own = oracle.run(golden.draws)
     if not _max_abs(own.logits_BTV, golden.logits_BTV) <= _SAME_ORACLE * max(1.0, float(np.abs(golden.logits_BTV).max())):
         return None
-    names = choice_names(bundle.config, capacity)
     with open_session(bundle, name, batch, capacity, **options) as session:
-        told = TellingSession(session, names, options).run(golden.draws)
-    expected_BTV, verdict = oracle.follow(golden.draws, own, told.choices)
-    return expected_BTV, verdict, oracle.move(golden.draws, own, names)[1]
+        told = TellingSession(session, choice_names(bundle.config, capacity), options).run(golden.draws)
+    return oracle.follow(golden.draws, own, told.choices)
 
 
 def _same(what: str, first: Array, second: Array) -> CheckRow:

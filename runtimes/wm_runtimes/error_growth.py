@@ -21,7 +21,7 @@ from wm_runtimes.draws import Array, Choices, Draws, Runner, SessionRunner, run_
 from wm_runtimes.labels import graph_option, open_labelled, runtime_of
 from wm_runtimes.op_parity import YARDSTICK, TellingOracle
 from wm_runtimes.parity import Progress, over_limits
-from wm_runtimes.selections import Verdict
+from wm_runtimes.selections import NOTHING_CHOSEN, Judgement
 from wm_runtimes.tap_runners import PromotedValues, RecordedOps
 
 PROMPT = 32
@@ -43,8 +43,7 @@ class GrowthRow:
         R_limit: its limit, that of a whole model.
         choice_rate: share of choices along the whole text that differ from the oracle's.
         choice_rate_limit: its limit.
-        choice_excess: worst shortfall of a choice over its score budget, of the op that comes nearest to its limit.
-        choice_excess_limit: that op's limit, 1 unless the model amplifies rounding.
+        choice_excess: worst shortfall of a choice over its score budget; at most 1.
     """
 
     dtype: str
@@ -56,7 +55,6 @@ class GrowthRow:
     choice_rate: float
     choice_rate_limit: float
     choice_excess: float
-    choice_excess_limit: float
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -64,7 +62,7 @@ class GrowthRow:
         checks = (
             ("R", self.R, self.R_limit),
             ("differing choices", self.choice_rate, self.choice_rate_limit),
-            ("choice shortfall over budget", self.choice_excess, self.choice_excess_limit),
+            ("choice shortfall over budget", self.choice_excess, 1.0),
         )
         return over_limits(checks)
 
@@ -153,17 +151,16 @@ class _Growth:
         self.choices = choice_names(bundle.config, PROMPT + steps)
         self.oracle = TellingOracle(bundle.config, params, bundle.dtype)
         self.expected_BSV, self.recorded = self._expected(None)
-        self.moved = Verdict()
-        if self.choices:
-            _, moved = self._expected(None, UNIT_ROUNDOFF[bundle.dtype])
-            _, self.moved = self._following({name: moved[name] for name in self.choices})
         self.errors: dict[str, Array] = {}
-        self.verdicts: dict[str, Verdict] = {}
+        self.verdicts: dict[str, Judgement] = {}
 
     def add(self, name: str) -> None:
         """Decode in one runtime, and compare."""
         logits_BSV, choices = self._decode(name)
-        expected_BSV, self.verdicts[name] = self._following(choices) if choices else (self.expected_BSV, Verdict())
+        expected_BSV, self.verdicts[name] = self.expected_BSV, NOTHING_CHOSEN
+        if choices:
+            expected_BSV, recorded = self._expected(choices)
+            self.verdicts[name] = self.oracle.judge(self.draws, recorded, choices)
         self.errors[name] = np.sqrt(np.square(logits_BSV - expected_BSV).mean((0, 2)))
 
     def rows(self) -> list[GrowthRow]:
@@ -174,8 +171,6 @@ class _Growth:
 
     def _row(self, name: str, below: float) -> GrowthRow:
         limit = model_limit(self.bundle.dtype, "eager" if name == YARDSTICK else runtime_of(name))
-        verdict = self.verdicts[name]
-        excess, excess_limit = verdict.excess_and_limit(self.moved)
         return GrowthRow(
             dtype=self.bundle.dtype,
             runtime=name,
@@ -183,24 +178,18 @@ class _Growth:
             rms=tuple(self.errors[name].tolist()),
             R=_pooled(self.errors[name]) / below if below else (0.0 if not self.errors[name].any() else math.inf),
             R_limit=limit.R,
-            choice_rate=verdict.total.rate,
+            choice_rate=self.verdicts[name].rate,
             choice_rate_limit=limit.choice_rate,
-            choice_excess=excess,
-            choice_excess_limit=excess_limit,
+            choice_excess=self.verdicts[name].excess,
         )
 
-    def _following(self, choices: Choices) -> tuple[Array, Verdict]:
-        """The oracle's logits after the marked steps when it makes these choices, and its verdict on them."""
-        expected_BSV, recorded = self._expected(choices)
-        return expected_BSV, self.oracle.judge(self.draws, recorded, choices)
-
-    def _expected(self, replay: Choices | None, noise: float = 0.0) -> tuple[Array, dict[str, Array]]:
+    def _expected(self, replay: Choices | None) -> tuple[Array, dict[str, Array]]:
         """The oracle's logits after the marked steps, and what it chose and chose by."""
         index_S = PROMPT - 1 + np.array(self.marks)
         if not self.choices:
             index_BS = np.tile(index_S, (len(self.draws.valid_B), 1))
             return self.oracle.tell(self.draws, select_BS=index_BS, keep=lambda name: False)
-        logits_BTV, recorded = self.oracle.tell(self.draws, replay, keep=lambda name: name.endswith(_CHOICE), noise=noise)
+        logits_BTV, recorded = self.oracle.tell(self.draws, replay, keep=lambda name: name.endswith(_CHOICE))
         return logits_BTV[:, index_S], recorded
 
     def _decode(self, name: str) -> tuple[Array, Choices]:

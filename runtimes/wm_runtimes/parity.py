@@ -10,7 +10,7 @@ B rows, T tokens, V vocabulary, R retrieval heads, K kv heads, k picks.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
@@ -32,7 +32,7 @@ from wm_runtimes.choices import EagerRunner, TellingSession
 from wm_runtimes.draws import Array, Choices, Draws, Trace, by_token, make_draws, run_draws
 from wm_runtimes.json_values import json_values
 from wm_runtimes.labels import graph_option, runtime_of
-from wm_runtimes.selections import Judgement, Verdict, judge_experts, judge_router, judge_threshold, judge_window
+from wm_runtimes.selections import NOTHING_CHOSEN, Judgement, judge_experts, judge_router, judge_threshold, judge_window
 from wm_runtimes.session import Session
 
 Progress = Callable[[str, float], None]
@@ -59,8 +59,7 @@ class ParityRow:
         max_abs_limit: its limit, at the scale of these logits.
         choice_rate: share of choices that differ from the oracle's.
         choice_rate_limit: its limit.
-        choice_excess: worst shortfall of a choice over its score budget, of the op that comes nearest to its limit.
-        choice_excess_limit: that op's limit, 1 unless the model amplifies rounding.
+        choice_excess: worst shortfall of a choice over its score budget; at most 1.
         tokens_per_s: tokens decoded per second, all rows together.
     """
 
@@ -74,7 +73,6 @@ class ParityRow:
     choice_rate: float
     choice_rate_limit: float
     choice_excess: float
-    choice_excess_limit: float
     tokens_per_s: float
 
     @property
@@ -84,7 +82,7 @@ class ParityRow:
             ("R", self.R, self.R_limit),
             ("max abs", self.max_abs, self.max_abs_limit),
             ("differing choices", self.choice_rate, self.choice_rate_limit),
-            ("choice shortfall over budget", self.choice_excess, self.choice_excess_limit),
+            ("choice shortfall over budget", self.choice_excess, 1.0),
         )
         return over_limits(checks)
 
@@ -135,14 +133,14 @@ class _Sums:
     squares: float = 0.0
     count: int = 0
     max_abs: float = 0.0
-    verdict: Verdict = field(default_factory=Verdict)
+    judgement: Judgement = NOTHING_CHOSEN
 
-    def add(self, error_NV: Array, verdict: Verdict) -> None:
+    def add(self, error_NV: Array, judgement: Judgement) -> None:
         """Pool the errors of some logits; NaN stays NaN."""
         self.squares += float(np.square(error_NV).sum())
         self.count += error_NV.size
         self.max_abs = float(np.maximum(self.max_abs, np.abs(error_NV).max(initial=0.0)))
-        self.verdict = self.verdict + verdict
+        self.judgement = self.judgement + judgement
 
     @property
     def rms(self) -> float:
@@ -162,12 +160,12 @@ class Oracle:
     def __init__(self, cfg: ModelConfig, params: Params, dtype: str) -> None:
         self.cfg, self.params, self.dtype = cfg, params, dtype
 
-    def follow(self, draws: Draws, own: Trace, choices: Choices) -> tuple[Array, Verdict]:
+    def follow(self, draws: Draws, own: Trace, choices: Choices) -> tuple[Array, Judgement]:
         """The oracle's logits when it makes the given choices, and the verdict on them; `own` is `run(draws)`."""
         if not choices:
-            return own.logits_BTV, Verdict()
+            return own.logits_BTV, NOTHING_CHOSEN
         verdict = self.judge(draws, own.choices, choices)
-        if not verdict.total.differing and verdict.total.passed:
+        if not verdict.differing and verdict.passed:
             return own.logits_BTV, verdict
         # A choice in one layer moves the scores of the next: only an oracle that follows can judge them all.
         followed = self.run(draws, choices)
@@ -182,23 +180,11 @@ class Oracle:
         values = {name: value.numpy() for name, value in taps.values.items()}
         return Trace(logits_BTV.numpy(), by_token(values, draws.tokens_BT.shape), ())
 
-    def move(self, draws: Draws, own: Trace, names: Sequence[str]) -> tuple[Array, Verdict]:
-        """The oracle's logits, at its own choices, and the verdict on the choices `names` that it makes, when each weight moves by up to u.
-
-        `own` is `run(draws)`.
-        """
-        u = UNIT_ROUNDOFF[self.dtype]
-        moved = self.run(draws, noise=u)
-        _, verdict = self.follow(draws, own, {name: moved.choices[name] for name in names})
-        if verdict.total.differing:
-            moved = self.run(draws, {name: own.choices[name] for name in names}, u)
-        return moved.logits_BTV, verdict
-
-    def judge(self, draws: Draws, own: Choices, choices: Choices) -> Verdict:
+    def judge(self, draws: Draws, own: Choices, choices: Choices) -> Judgement:
         """The verdict on all choices of the draws, by the oracle's queries, logits and scores in `own`."""
-        verdict = Verdict()
+        verdict = NOTHING_CHOSEN
         for name, value in choices.items():
-            verdict += Verdict({op_of(name): self._judge(name, own[_reason_name(name)], value, draws.mask_BT)})
+            verdict += self._judge(name, own[_reason_name(name)], value, draws.mask_BT)
         return verdict
 
     def _judge(self, name: str, reason: Array, value: Array, mask_BT: Array) -> Judgement:
@@ -296,8 +282,8 @@ class _Measurement:
             done = index * (1 + len(self.runtimes))
             progress(f"oracle and eager, {index + 1} of {len(self.groups)}", done / stages)
             own, eager = self.oracle.run(draws), run_draws(yardstick, draws)
-            moved_BTV, verdict = self.oracle.move(draws, own, self.names)
-            self.moved.add((moved_BTV - own.logits_BTV)[draws.mask_BT], verdict)
+            moved = self.oracle.run(draws, {name: own.choices[name] for name in self.names}, self.u)
+            self.moved.add((moved.logits_BTV - own.logits_BTV)[draws.mask_BT], NOTHING_CHOSEN)
             self._add(self.eager, draws, own, eager)
             self.scale_squares += float(np.square(own.logits_BTV[draws.mask_BT]).sum())
             for place, (name, teller) in enumerate(telling.items()):
@@ -316,9 +302,9 @@ class _Measurement:
         return {**graph_option(name), **self.options.get(name, {})}
 
     def _add(self, sums: _Sums, draws: Draws, own: Trace, trace: Trace) -> None:
-        expected_BTV, verdict = self.oracle.follow(draws, own, trace.choices)
+        expected_BTV, judgement = self.oracle.follow(draws, own, trace.choices)
         mask_BT = draws.mask_BT
-        sums.add(trace.logits_BTV[mask_BT].astype(np.float64) - expected_BTV[mask_BT], verdict)
+        sums.add(trace.logits_BTV[mask_BT].astype(np.float64) - expected_BTV[mask_BT], judgement)
 
     def _report(self) -> ParityReport:
         if not self.eager.count or not all(sums.count for sums in self.sums.values()):
@@ -333,7 +319,6 @@ class _Measurement:
     def _row(self, name: str, sums: _Sums, below: float, scale: float) -> ParityRow:
         limit = model_limit(self.bundle.dtype, runtime_of(name))
         seconds = self.seconds[name]
-        excess, excess_limit = sums.verdict.excess_and_limit(self.moved.verdict)
         return ParityRow(
             runtime=name,
             dtype=self.bundle.dtype,
@@ -342,9 +327,8 @@ class _Measurement:
             R_limit=limit.R,
             max_abs=sums.max_abs,
             max_abs_limit=limit.max_abs_at(scale, self.moved.max_abs),
-            choice_rate=sums.verdict.total.rate,
+            choice_rate=sums.judgement.rate,
             choice_rate_limit=limit.choice_rate,
-            choice_excess=excess,
-            choice_excess_limit=excess_limit,
+            choice_excess=sums.judgement.excess,
             tokens_per_s=self.batch / median(seconds) if seconds else 0.0,
         )

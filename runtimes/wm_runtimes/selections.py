@@ -4,14 +4,13 @@ B batch, T tokens, K kv heads, A score heads, R retrieval heads, J sub-keys, d h
 S keys or steps, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from wm_graph.errors import InputError
-from wm_graph.tolerances import choice_excess_limit
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -45,37 +44,6 @@ class Judgement:
 
 
 NOTHING_CHOSEN = Judgement(0, 0, 0.0)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Judgements of all choices of a model.
-
-    Attributes:
-        ops: op that chooses -> the judgement on its choices in all layers.
-    """
-
-    ops: Mapping[str, Judgement] = field(default_factory=dict)
-
-    def __add__(self, other: "Verdict") -> "Verdict":
-        return Verdict({op: self._of(op) + other._of(op) for op in {**self.ops, **other.ops}})
-
-    @property
-    def total(self) -> Judgement:
-        """All ops together."""
-        return sum(self.ops.values(), NOTHING_CHOSEN)
-
-    def excess_and_limit(self, moved: "Verdict") -> tuple[float, float]:
-        """The shortfall, in score budgets, and its limit, of the op that comes nearest to its limit or lies farthest beyond it.
-
-        Args:
-            moved: the verdict on the oracle's own choices when its weights move; an op's limit is as wide as its own have moved.
-        """
-        pairs = [(judgement.excess, choice_excess_limit(moved._of(op).excess)) for op, judgement in self.ops.items()]
-        return max(pairs, key=lambda pair: pair[0] / pair[1], default=(0.0, choice_excess_limit(0.0)))
-
-    def _of(self, op: str) -> Judgement:
-        return self.ops.get(op, NOTHING_CHOSEN)
 
 
 def judge_experts(query_BTR2d: Array, keys_RJ2d: Array, expert_BTRk: Array, budget: float, mask_BT: Array | None = None) -> Judgement:
