@@ -7,6 +7,7 @@ B rows, T tokens, M = B·T, D model width, C channels, H heads, K kv heads, P he
 F rotated pairs, A score heads, E experts, k picks, I inner width (F = I or 2 I in a table of experts).
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -219,6 +220,28 @@ _COMPILED = (
     _op("B and C exchanged", "selective_scan", "compiled jamba-tiny", lambda right, x, dt, A, B, C, *rest: right(x, dt, A, C, B, *rest),
         "compiled"),
     _op("state rounded to bfloat16", "selective_scan", "compiled jamba-tiny", _state_in(torch.bfloat16), "compiled", shows="decode"),
+    _op("taps one late", "causal_conv1d", "compiled mamba2-tiny", lambda right, x, weight, *rest: right(x, weight.roll(1, 1), *rest),
+        "compiled"),
+    _op("groups tiled over the heads", "ssd_scan", "compiled bamba-tiny", _tiled_groups, "compiled"),
+    _op("a stale key in a slot", "keep_window_attention", "compiled cheems-tiny-moe", _stale_slot, "compiled", shows="decode"),
+    _op("next expert for the last", "product_key_topk", "compiled cheems-tiny-moe",
+        lambda right, query, keys, k: _one_left_out(right(query, keys, k + 1), k - 1), "compiled", **_CHOICES),
 )  # fmt: skip
 
-TORCH_FAULTS: tuple[Fault, ...] = (*_SCANS, *_ATTENTIONS, *_EXPERTS, *_NORMS_AND_ROTATIONS, *_BETWEEN, *_COMPILED)
+_SINGLE_PRECISION = (*_SCANS, *_ATTENTIONS, *_EXPERTS, *_NORMS_AND_ROTATIONS, *_BETWEEN, *_COMPILED)
+# What half precision does not drown: logits do not show smaller faults there, and ops are judged one by one.
+_IN_BOTH = (
+    "taps one late", "state ends with the padding", "query heads tiled over the kv heads", "residual scale missing", "gated after the norm",
+)  # fmt: skip
+_IN_FLOAT16 = (
+    "groups tiled over the heads", "keys cached before they are turned", "last retrieval head dropped", "gate and up exchanged",
+)  # fmt: skip
+_HALF = tuple(
+    replace(fault, dtype=dtype)
+    for dtype, names in (("fp16", (*_IN_BOTH, *_IN_FLOAT16)), ("bf16", _IN_BOTH))
+    for fault in _SINGLE_PRECISION
+    if fault.name in names
+)
+_BFLOAT16 = tuple(replace(fault, dtype="bf16") for fault in _SINGLE_PRECISION if fault.shows == "choices")
+
+TORCH_FAULTS: tuple[Fault, ...] = (*_SINGLE_PRECISION, *_HALF, *_BFLOAT16)

@@ -268,6 +268,7 @@ def _models() -> Iterator[str]:
 def _budgets() -> Iterator[str]:
     yield "\n## Choices\n"
     yield "A choice may differ from the oracle's only where, by the oracle's scores, it is worse by at most `ulps · u · scale`."
+    yield "No op that chooses may exceed the share of differing choices above."
     yield "Values are then compared with an oracle that made the runtime's choices. Greedy texts are compared up to the first"
     yield "step whose two best logits are closer than the budget of `argmax`.\n"
     title = ("op", "dtype", "ulps", "as a fraction", "scale", "reason")

@@ -21,7 +21,7 @@ from wm_runtimes.draws import Array, Choices, Draws, Runner, SessionRunner, run_
 from wm_runtimes.labels import graph_option, open_labelled, runtime_of
 from wm_runtimes.op_parity import YARDSTICK, TellingOracle
 from wm_runtimes.parity import Progress, over_limits
-from wm_runtimes.selections import NOTHING_CHOSEN, Judgement
+from wm_runtimes.selections import Verdict
 from wm_runtimes.tap_runners import PromotedValues, RecordedOps
 
 PROMPT = 32
@@ -41,7 +41,7 @@ class GrowthRow:
         rms: rms error of the logits after each of them.
         R: rms error over eager's, pooled over these steps.
         R_limit: its limit, that of a whole model.
-        choice_rate: share of choices along the whole text that differ from the oracle's.
+        choice_rate: share of choices along the whole text that differ from the oracle's, of the op with the largest.
         choice_rate_limit: its limit.
         choice_excess: worst shortfall of a choice over its score budget; at most 1.
     """
@@ -152,12 +152,12 @@ class _Growth:
         self.oracle = TellingOracle(bundle.config, params, bundle.dtype)
         self.expected_BSV, self.recorded = self._expected(None)
         self.errors: dict[str, Array] = {}
-        self.verdicts: dict[str, Judgement] = {}
+        self.verdicts: dict[str, Verdict] = {}
 
     def add(self, name: str) -> None:
         """Decode in one runtime, and compare."""
         logits_BSV, choices = self._decode(name)
-        expected_BSV, self.verdicts[name] = self.expected_BSV, NOTHING_CHOSEN
+        expected_BSV, self.verdicts[name] = self.expected_BSV, Verdict()
         if choices:
             expected_BSV, recorded = self._expected(choices)
             self.verdicts[name] = self.oracle.judge(self.draws, recorded, choices)

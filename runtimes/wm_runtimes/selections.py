@@ -4,8 +4,8 @@ B batch, T tokens, K kv heads, A score heads, R retrieval heads, J sub-keys, d h
 S keys or steps, V vocabulary.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,47 @@ class Judgement:
         return Judgement(self.chosen + other.chosen, self.differing + other.differing, float(np.fmax(self.excess, other.excess)))
 
 
-NOTHING_CHOSEN = Judgement(0, 0, 0.0)
+_NOTHING = Judgement(0, 0, 0.0)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Judgements of all choices of a model, op by op: an op that makes few choices is not lost among those of one that makes many.
+
+    Attributes:
+        ops: op that chooses -> the judgement on its choices in all layers.
+    """
+
+    ops: Mapping[str, Judgement] = field(default_factory=dict)
+
+    def __add__(self, other: "Verdict") -> "Verdict":
+        both = {**self.ops, **other.ops}
+        return Verdict({op: self.ops.get(op, _NOTHING) + other.ops.get(op, _NOTHING) for op in both})
+
+    @property
+    def chosen(self) -> int:
+        """Choices made."""
+        return sum(judgement.chosen for judgement in self.ops.values())
+
+    @property
+    def differing(self) -> int:
+        """Choices that are not the oracle's."""
+        return sum(judgement.differing for judgement in self.ops.values())
+
+    @property
+    def excess(self) -> float:
+        """Largest shortfall of a choice of any op, in units of its score budget."""
+        return max((judgement.excess for judgement in self.ops.values()), default=0.0)
+
+    @property
+    def rate(self) -> float:
+        """Largest share of an op's choices that differ."""
+        return max((judgement.rate for judgement in self.ops.values()), default=0.0)
+
+    @property
+    def passed(self) -> bool:
+        """Every differing choice is inside its budget."""
+        return all(judgement.passed for judgement in self.ops.values())
 
 
 def judge_experts(query_BTR2d: Array, keys_RJ2d: Array, expert_BTRk: Array, budget: float, mask_BT: Array | None = None) -> Judgement:
