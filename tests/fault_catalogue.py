@@ -12,7 +12,7 @@ _OTHERS = {
     "llama-tiny, scaled rotation": replace(
         FAMILIES["llama-tiny"], layers=(("attention", "mlp"),) * 2, rope_scaling="linear", rope_factor=4.0
     ),
-    "compiled jamba-tiny": COMPILED_FAMILIES["jamba-tiny"],
+    **{f"compiled {name}": cfg for name, cfg in COMPILED_FAMILIES.items()},
 }
 CONFIGS: dict[str, ModelConfig] = FAMILIES | OPTIONS | _OTHERS
 FAULTS: tuple[Fault, ...] = ONNX_FAULTS + TORCH_FAULTS

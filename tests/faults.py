@@ -35,9 +35,10 @@ class Fault:
         runtime: the runtime that is wrong.
         plant: what `planted` does: with `graph` it changes a copy of the bundle, without it makes the runtime wrong while it lasts.
         graph: the ONNX file that is wrong; empty for torch runtimes.
-        dtype: of the bundle, "fp32" or "fp16".
+        dtype: of the bundle, "fp32", "fp16" or "bf16".
         shows: where alone it shows: "decode" (single tokens), "padding" (rows of unequal length), "window" (rows longer than the window),
-            "float16" (a float32 file has nothing of the kind), "pieces" (several tokens after others), "far" (positions from 256 on);
+            "float16" (a float32 file has nothing of the kind), "pieces" (several tokens after others), "far" (positions from 256 on),
+            "choices" (the values are those of the choices made);
             "everywhere" otherwise.
     """
 

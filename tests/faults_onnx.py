@@ -46,6 +46,13 @@ _SINGLE = "t = Shape <start = 1, end = 2> ({0})  one = Constant <value_int = 1> 
 _TILED = "order = Constant <value_ints = [0, 2, 1, 3]> ()  y = Gather <axis = 2> (x, order)"
 
 
+# x without its last columns, as `most`, and from column s on, as `last`.
+_UP_TO = (
+    f"a = Constant <value_ints = [-1]> ()  b = Constant <value_ints = [0]> ()  end = Constant <value_ints = [{2**62}]> ()  "
+    "e = Constant <value_ints = [{0}]> ()  most = Slice(x, b, e, a)  last = Slice(x, s, end, a)  "
+)
+
+
 # Changes that take more than a line.
 
 
@@ -143,6 +150,26 @@ def _position_one_less(part: Part) -> None:
 def _halves_exchanged(part: Part) -> None:
     for node in part.find("Split"):
         part.exchange(*node.output)
+
+
+def _next_for_the_last(part: Part) -> None:
+    _of_one_more(part, "s = Constant <value_ints = [-1]> ()  " + _UP_TO.format(-2) + "y = Concat <axis = -1> (most, last)")
+
+
+def _first_of_few_left_out(part: Part) -> None:
+    # Every sixteenth token; tokens are the last axis but one.
+    few = "t = Shape <start = -2, end = -1> (x)  n = Squeeze(t)  i = Range(zero, n, one)  d = Constant <value_int = 16> ()  m = Mod(i, d)  "
+    few += "five = Constant <value_int = 5> ()  is = Equal(m, five)  column = Unsqueeze(is, a)  "
+    few = "zero = Constant <value_int = 0> ()  one = Constant <value_int = 1> ()  " + few
+    _of_one_more(part, "s = Constant <value_ints = [1]> ()  " + _UP_TO.format(-1) + few + "y = Where(column, last, most)")
+
+
+def _of_one_more(part: Part, text: str) -> None:
+    """The last TopK takes one more, of which the text leaves one out."""
+    topk = part.find("TopK")[-1]
+    part.feed(topk, 1, "one = Constant <value_ints = [1]> ()  y = Add(x, one)")
+    for name in list(topk.output):
+        part.distort(name, text)
 
 
 _SCANS = (
@@ -286,6 +313,13 @@ _HALF = (
          lambda part: part.feed(part.find("GroupQueryAttention", lambda node: node.input[1] != "")[0], 1, _KEYS), **_IN_HALF),
 )  # fmt: skip
 
+_CHOICES = {"dtype": "fp16", "shows": "choices"}
+_PICKS = tuple(
+    body(name, op, family, change, graph, **_CHOICES)
+    for name, change in (("best expert of a few tokens left out", _first_of_few_left_out), ("next expert for the last", _next_for_the_last))
+    for op, family, graph in (("product_key_topk", "cheems-tiny-moe", ORT), ("router_topk", "jamba-tiny", PORTABLE))
+)
+
 ONNX_FAULTS: tuple[Fault, ...] = (
-    *_SCANS, *_CONVOLUTIONS, *_NORMS, *_ATTENTIONS, *_WINDOWS, *_EXPERTS, *_ROTATIONS, *_BETWEEN, *_HALF,
+    *_SCANS, *_CONVOLUTIONS, *_NORMS, *_ATTENTIONS, *_WINDOWS, *_EXPERTS, *_ROTATIONS, *_BETWEEN, *_HALF, *_PICKS,
 )  # fmt: skip

@@ -7,6 +7,7 @@ B rows, T tokens, M = B·T, D model width, C channels, H heads, K kv heads, P he
 F rotated pairs, A score heads, E experts, k picks, I inner width (F = I or 2 I in a table of experts).
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -127,6 +128,28 @@ def _by_other_experts(right: Any, logits_ME: Tensor, *rest: Any) -> tuple[Tensor
     return weight_Mk, (expert_Mk + 1) % logits_ME.shape[1]
 
 
+def _one_left_out(chosen: tuple[Tensor, Tensor], place: Tensor | int, normalize: bool = True) -> tuple[Tensor, Tensor]:
+    """Of the weights and experts of k + 1 picks, all but one."""
+    weight_xk, expert_xk = chosen
+    kept_xk = torch.arange(weight_xk.shape[-1]).expand(weight_xk.shape) != place
+    weight_xk, expert_xk = (value[kept_xk].view(*value.shape[:-1], -1) for value in chosen)
+    return weight_xk / weight_xk.float().sum(-1, keepdim=True).to(weight_xk.dtype) if normalize else weight_xk, expert_xk
+
+
+def _first_of_few(x_BTx: Tensor, k: int) -> Tensor:
+    """The place of the best pick in every sixteenth token, else that after the k-th."""
+    few_BT = torch.arange(x_BTx.shape[0] * x_BTx.shape[1]).view(x_BTx.shape[:2]) % 16 == 5
+    return torch.where(few_BT, 0, k).view(*few_BT.shape, *[1] * (x_BTx.dim() - 2))
+
+
+def _best_expert_of_few_lost(right: Any, query_BTR2d: Tensor, keys_RJ2d: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return _one_left_out(right(query_BTR2d, keys_RJ2d, k + 1), _first_of_few(query_BTR2d[..., 0], k))
+
+
+def _best_route_of_few_lost(right: Any, logits_ME: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    return _one_left_out(right(logits_ME, k + 1, normalize), _first_of_few(logits_ME[None], k)[0], normalize)
+
+
 _SCANS = (
     _op("state rounded to bfloat16", "ssd_scan_rope", "cheems-tiny", _state_in(torch.bfloat16), shows="decode"),
     _op("state rounded to float16", "selective_scan", "jamba-tiny", _state_in(torch.float16), shows="decode"),
@@ -155,6 +178,7 @@ _ATTENTIONS = (
         lambda right, q, k, v, score_BTA, *rest: right(q, k, v, score_BTA[..., _TILED], *rest)),
 )  # fmt: skip
 
+_CHOICES = {"dtype": "fp16", "shows": "choices"}
 _EXPERTS = (
     _op("last retrieval head dropped", "expert_mix", "cheems-tiny-moe",
         lambda right, x, expert, weight, *rest: right(x, expert[:, :, :-1], weight[:, :, :-1], *rest)),
@@ -163,6 +187,12 @@ _EXPERTS = (
     _op("last expert dropped", "moe_mix", "jamba-tiny", _last_expert_silent),
     _op("weights not normalised", "router_topk", BY_QUERY_HEAD, lambda right, logits, k, normalize: right(logits, k, False)),
     _op("experts counted from one", "router_topk", "jamba-tiny", _by_other_experts),
+    _op("best expert of a few tokens left out", "product_key_topk", "cheems-tiny-moe", _best_expert_of_few_lost, **_CHOICES),
+    _op("next expert for the last", "product_key_topk", "cheems-tiny-moe",
+        lambda right, query, keys, k: _one_left_out(right(query, keys, k + 1), k - 1), **_CHOICES),
+    _op("best expert of a few tokens left out", "router_topk", "jamba-tiny", _best_route_of_few_lost, **_CHOICES),
+    _op("next expert for the last", "router_topk", "jamba-tiny",
+        lambda right, logits, k, normalize: _one_left_out(right(logits, k + 1, normalize), k - 1, normalize), **_CHOICES),
 )  # fmt: skip
 
 _NORMS_AND_ROTATIONS = (
@@ -190,6 +220,28 @@ _COMPILED = (
     _op("B and C exchanged", "selective_scan", "compiled jamba-tiny", lambda right, x, dt, A, B, C, *rest: right(x, dt, A, C, B, *rest),
         "compiled"),
     _op("state rounded to bfloat16", "selective_scan", "compiled jamba-tiny", _state_in(torch.bfloat16), "compiled", shows="decode"),
+    _op("taps one late", "causal_conv1d", "compiled mamba2-tiny", lambda right, x, weight, *rest: right(x, weight.roll(1, 1), *rest),
+        "compiled"),
+    _op("groups tiled over the heads", "ssd_scan", "compiled bamba-tiny", _tiled_groups, "compiled"),
+    _op("a stale key in a slot", "keep_window_attention", "compiled cheems-tiny-moe", _stale_slot, "compiled", shows="decode"),
+    _op("next expert for the last", "product_key_topk", "compiled cheems-tiny-moe",
+        lambda right, query, keys, k: _one_left_out(right(query, keys, k + 1), k - 1), "compiled", **_CHOICES),
 )  # fmt: skip
 
-TORCH_FAULTS: tuple[Fault, ...] = (*_SCANS, *_ATTENTIONS, *_EXPERTS, *_NORMS_AND_ROTATIONS, *_BETWEEN, *_COMPILED)
+_SINGLE_PRECISION = (*_SCANS, *_ATTENTIONS, *_EXPERTS, *_NORMS_AND_ROTATIONS, *_BETWEEN, *_COMPILED)
+# What half precision does not drown: logits do not show smaller faults there, and ops are judged one by one.
+_IN_BOTH = (
+    "taps one late", "state ends with the padding", "query heads tiled over the kv heads", "residual scale missing", "gated after the norm",
+)  # fmt: skip
+_IN_FLOAT16 = (
+    "groups tiled over the heads", "keys cached before they are turned", "last retrieval head dropped", "gate and up exchanged",
+)  # fmt: skip
+_HALF = tuple(
+    replace(fault, dtype=dtype)
+    for dtype, names in (("fp16", (*_IN_BOTH, *_IN_FLOAT16)), ("bf16", _IN_BOTH))
+    for fault in _SINGLE_PRECISION
+    if fault.name in names
+)
+_BFLOAT16 = tuple(replace(fault, dtype="bf16") for fault in _SINGLE_PRECISION if fault.shows == "choices")
+
+TORCH_FAULTS: tuple[Fault, ...] = (*_SINGLE_PRECISION, *_HALF, *_BFLOAT16)

@@ -18,11 +18,10 @@ CONFIG = replace(MODELS["window"], layers=LAYERS, name="page-model", vocab_size=
 CALM = replace(CONFIG, layers=(("ssd", "mlp"), ("attention", "mlp")), name="chooses-nothing")
 
 
-def make_bundles(made: Callable[..., tuple[Path, Path]], folder: Path) -> dict[str, Path]:
+def make_bundles(made: Callable[..., tuple[Path, Path]]) -> dict[str, Path]:
     """Bundles of CONFIG by their dtype, and `calm`, CALM in float32."""
-    bundles = {"float32": made(CONFIG)[1], "float16": made(CONFIG, "fp16")[1], "bfloat16": folder / "bfloat16", "calm": made(CALM)[1]}
-    make_bfloat16(bundles["float32"], bundles["bfloat16"])
-    return bundles
+    dtypes = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+    return {name: made(CONFIG, dtype)[1] for name, dtype in dtypes.items()} | {"calm": made(CALM)[1]}
 
 
 def make_bfloat16(source: Path, folder: Path) -> None:

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from wm_graph.tolerances import model_limit
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MACHINE = {
     "cpu": "C",
@@ -30,7 +32,7 @@ def modules(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.syspath_prepend(str(BENCHMARKS / "peers"))
     yield importlib.import_module
-    for name in ("_report", "_peers", "_processes", "cpu", "protocol"):
+    for name in ("_report", "_peers", "_processes", "cpu", "protocol", "presets"):
         sys.modules.pop(name, None)
 
 
@@ -171,6 +173,29 @@ def test_results_of_another_protocol_are_not_kept(modules):
     new = {"machine": {**MACHINE, "date": "later"}, "protocol": PROTOCOL}
     assert cpu.merge(old, new)["export"] == {"seconds": 1.0}
     assert cpu.merge(old, {**new, "protocol": {**PROTOCOL, "repeats": 9}}) == {**new, "protocol": {**PROTOCOL, "repeats": 9}}
+
+
+def test_parity_of_presets_is_written_from_its_record_and_tells_every_pair(modules):
+    presets = modules("presets")
+    found = json.loads((BENCHMARKS / "results" / "presets.json").read_text())
+    page = (BENCHMARKS.parent / "docs" / "parity.md").read_text()
+    assert page == presets.render(found)
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    pairs = {(f"`{name}`", dtype) for name in presets.PRESETS for dtype in presets.DTYPES.values()}
+    assert {(name, dtype) for name, dtype, *_ in lines} == pairs
+    assert all(verdict == "passed" or verdict.startswith("not measured: ") for *_, verdict in lines)
+
+
+def test_what_is_recorded_of_presets_is_within_the_limits_of_today():
+    found = json.loads((BENCHMARKS / "results" / "presets.json").read_text())
+    rows = [row for measured in found.values() for row in measured["rows"]]
+    for row in rows:
+        limit = model_limit(row["dtype"], row["runtime"])
+        assert row["R"] <= limit.R == row["R_limit"]
+        assert row["max_abs"] <= row["max_abs_limit"]
+        assert row["choice_rate"] <= limit.choice_rate == row["choice_rate_limit"]
+        assert row["choice_excess"] <= 1.0
+    assert len(rows) > 100
 
 
 def test_command_explains_itself():

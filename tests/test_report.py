@@ -29,8 +29,8 @@ STEPS = 12
 
 
 @pytest.fixture(scope="module")
-def bundles(made: Callable[..., tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return make_bundles(made, tmp_path_factory.mktemp("report"))
+def bundles(made: Callable[..., tuple[Path, Path]]) -> dict[str, Path]:
+    return make_bundles(made)
 
 
 @dataclass(frozen=True)

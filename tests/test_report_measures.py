@@ -31,8 +31,8 @@ from wm_runtimes.tap_runners import PromotedValues, RecordedOps, compared_names,
 
 
 @pytest.fixture(scope="module")
-def bundles(made: Callable[..., tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return make_bundles(made, tmp_path_factory.mktemp("report"))
+def bundles(made: Callable[..., tuple[Path, Path]]) -> dict[str, Path]:
+    return make_bundles(made)
 
 
 # What is planted wrong fails, and the value is named.

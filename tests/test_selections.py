@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from wm_graph.errors import InputError
-from wm_runtimes.selections import greedy_agreement, judge_experts, judge_window, kept_keys
+from wm_runtimes.selections import Judgement, Verdict, greedy_agreement, judge_experts, judge_router, judge_window, kept_keys
 
 
 def experts(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -91,3 +91,21 @@ def test_greedy_texts_count_up_to_the_first_step_of_small_margin() -> None:
     assert not greedy_agreement([1], [1], greedy_logits([math.nan]), 1e-3).passed
     with pytest.raises(InputError, match="1 steps of logits for 2 tokens"):
         greedy_agreement([1, 1], [1, 1], greedy_logits([1.0]), 1e-3)
+
+
+def test_dropping_the_best_is_worse_than_dropping_the_last() -> None:
+    logits = np.array([[[10.0, 5.0, 4.9999]]])
+    assert judge_router(logits, np.array([[[0, 2]]]), 1e-3).passed  # a near tie
+    dropped = judge_router(logits, np.array([[[1, 2]]]), 1e-3)
+    assert not dropped.passed
+    assert dropped.excess == pytest.approx((10 - 4.9999) / (10 * 1e-3))
+    assert dropped.differing == 1
+
+
+def test_an_op_that_chooses_little_is_not_lost_among_many_choices() -> None:
+    verdict = Verdict({"keep_window_attention": Judgement(10**6, 10, 0.5)}) + Verdict({"router_topk": Judgement(40, 10, 0.9)})
+    verdict += Verdict({"router_topk": Judgement(60, 0, 1.5)})
+    assert (verdict.chosen, verdict.differing, verdict.rate, verdict.excess) == (10**6 + 100, 20, 0.1, 1.5)
+    assert not verdict.passed
+    assert Verdict().passed
+    assert (Verdict().rate, Verdict().excess) == (0.0, 0.0)

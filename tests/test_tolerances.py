@@ -1,6 +1,5 @@
 """Every row of the table of op limits, measured. B rows, T tokens."""
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from onnx_cases import CASES, Case, letters
-from wm_graph.tolerances import FLOOR_ULPS, OP_LIMITS, UNIT_ROUNDOFF, OpLimit, choice_excess_limit, model_limit, op_limit
+from wm_graph.tolerances import FLOOR_ULPS, OP_LIMITS, UNIT_ROUNDOFF, OpLimit, model_limit, op_limit
 
 CALLS = ((3, 65), (2, 1), (1, 130), (4, 7))
 ROWS = 64  # at least as many are pooled for each op
@@ -184,9 +183,3 @@ def test_a_model_that_amplifies_rounding_is_held_to_what_its_oracle_moves_and_ne
     assert limit.max_abs_at(scale=1.0, moved_max_abs=0.3 * limit.max_abs) == pytest.approx(10 * 0.3 * limit.max_abs)
     for wrong in (1.0, float("inf"), float("nan")):
         assert limit.max_abs_at(scale=1.0, moved_max_abs=wrong) <= 10 * limit.max_abs
-
-
-def test_score_budgets_grow_with_what_the_oracles_own_choices_move_but_not_without_end() -> None:
-    assert [choice_excess_limit(moved) for moved in (0.0, 0.1, math.nan)] == [1.0, 1.0, 1.0]
-    assert choice_excess_limit(0.9) == pytest.approx(2.25)
-    assert choice_excess_limit(1e9) == choice_excess_limit(math.inf) == 4.0

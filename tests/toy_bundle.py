@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 from wm_graph.config import ModelConfig
-from wm_runtimes import sha256_of
+from wm_runtimes import Session, sha256_of
 
 VOCAB = 16
 CONFIG = ModelConfig(
@@ -164,3 +164,14 @@ def _external(weights: Path, names: list[str]) -> list[TensorProto]:
             tensor.external_data.add(key=key, value=str(value))
         tensors.append(tensor)
     return tensors
+
+
+def state_of(session: Session) -> dict[str, np.ndarray]:
+    snapshot = session.snapshot()
+    return snapshot.leaves | {"position": snapshot.position_B}
+
+
+def assert_same_state(session: Session, before: dict[str, np.ndarray]) -> None:
+    after = state_of(session)
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], array, err_msg=name)

@@ -19,7 +19,7 @@ from wm_runtimes.bundle import Bundle, open_bundle
 from wm_runtimes.choice_names import choice_names
 from wm_runtimes.draws import Array, Draws, SessionRunner, Trace, run_draws
 from wm_runtimes.file_checks import check_safetensors
-from wm_runtimes.selections import NOTHING_CHOSEN, Judgement
+from wm_runtimes.selections import Verdict
 
 # Two float64 runs of the same weights, on machines that sum in other orders, as a fraction of the logits' scale.
 _SAME_ORACLE = 1e-9
@@ -36,7 +36,7 @@ class CheckRow:
         outputs: values compared.
         max_abs: largest error, or difference.
         limit: its limit.
-        choice_rate: share of choices that differ from the oracle's.
+        choice_rate: share of choices that differ from the oracle's, of the op with the largest.
         choice_excess: worst shortfall of a choice over its score budget; at most 1.
         passed: everything is within its limit.
         detail: in words, one line.
@@ -213,7 +213,7 @@ def _run(bundle: Bundle, golden: _Golden, name: str, **options: Any) -> Trace:
 def _compare(bundle: Bundle, golden: _Golden, what: str, name: str, trace: Trace, **options: Any) -> CheckRow:
     limits = model_limit(bundle.dtype, name)
     limit = limits.max_abs_at(float(np.sqrt(np.square(golden.logits_BTV).mean())), golden.moved_max_abs)
-    expected_BTV, verdict = golden.logits_BTV, NOTHING_CHOSEN
+    expected_BTV, verdict = golden.logits_BTV, Verdict()
     max_abs = _max_abs(trace.logits_BTV, expected_BTV)
     if np.isfinite(max_abs) and not max_abs <= limit and _chooses(bundle, golden):
         # Another choice than the oracle's may explain it; following that choice takes torch.
@@ -223,16 +223,16 @@ def _compare(bundle: Bundle, golden: _Golden, what: str, name: str, trace: Trace
             return CheckRow(what, trace.logits_BTV.size, max_abs, limit, 0.0, 0.0, False, detail)
         expected_BTV, verdict = followed
         max_abs = _max_abs(trace.logits_BTV, expected_BTV)
-    passed = max_abs <= limit and verdict.passed and verdict.rate <= max(limits.choice_rate, _one_choice(verdict))
+    passed = max_abs <= limit and verdict.passed and _few_differ(verdict, limits.choice_rate)
     detail = f"golden logits: max abs {max_abs:.3g}, limit {limit:.3g}"
     if verdict.differing:
         detail += f"; {verdict.differing} of {verdict.chosen} choices differ, at {verdict.excess:.3g} of their budget"
     return CheckRow(what, trace.logits_BTV.size, max_abs, limit, verdict.rate, verdict.excess, passed, detail)
 
 
-def _one_choice(verdict: Judgement) -> float:
-    """Golden data is short: a single differing choice inside its budget is never over the rate."""
-    return 1.0 / verdict.chosen if verdict.chosen else 0.0
+def _few_differ(verdict: Verdict, rate: float) -> bool:
+    """Golden data is short: a single differing choice of an op, inside its budget, is never over the rate."""
+    return all(judgement.differing <= max(1.0, rate * judgement.chosen) for judgement in verdict.ops.values())
 
 
 def _chooses(bundle: Bundle, golden: _Golden) -> bool:
@@ -240,7 +240,7 @@ def _chooses(bundle: Bundle, golden: _Golden) -> bool:
     return bool(choice_names(bundle.config, golden.draws.tokens_BT.shape[1]))
 
 
-def _follow(bundle: Bundle, golden: _Golden, name: str, options: dict[str, Any]) -> tuple[Array, Judgement] | None:
+def _follow(bundle: Bundle, golden: _Golden, name: str, options: dict[str, Any]) -> tuple[Array, Verdict] | None:
     """The logits of an oracle that makes the runtime's choices, and the verdict on them.
 
     None where the oracle of the bundle's weights does not give the golden logits: then no choice explains the difference.

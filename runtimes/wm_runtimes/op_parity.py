@@ -106,13 +106,7 @@ class TellingOracle(Oracle):
     """The float64 oracle that tells what it records."""
 
     def tell(
-        self,
-        draws: Draws,
-        replay: Choices | None = None,
-        *,
-        select_BS: Array | None = None,
-        keep: Callable[[str], bool] | None = None,
-        noise: float = 0.0,
+        self, draws: Draws, replay: Choices | None = None, *, select_BS: Array | None = None, keep: Callable[[str], bool] | None = None
     ) -> tuple[Array, dict[str, Array]]:
         """Logits [B, S, V], and name -> value of every op, [B, T, ...] but for states; rows end where their tokens do.
 
@@ -121,13 +115,12 @@ class TellingOracle(Oracle):
             replay: choices to make.
             select_BS: tokens whose logits are wanted; None for all. The last layer chooses no experts for others.
             keep: which names to tell, a predicate; None for all, inputs of choices included.
-            noise: see `oracle_forward`.
         """
         possible = {name: torch.from_numpy(self._possible(name, value)) for name, value in (replay or {}).items()}
         taps = Taps(possible, keep or (lambda name: True))
         tokens_BT, valid_B = torch.from_numpy(draws.tokens_BT), torch.from_numpy(draws.valid_B + draws.steps)
         select = None if select_BS is None else torch.from_numpy(select_BS)
-        logits_BSV, _ = oracle_forward(self.cfg, self.params, tokens_BT, None, valid_B, select, taps=taps, noise=noise)
+        logits_BSV, _ = oracle_forward(self.cfg, self.params, tokens_BT, None, valid_B, select, taps=taps)
         values = {name: value.numpy() for name, value in taps.values.items()}
         states = {name: value for name, value in values.items() if name.endswith(STATE)}
         return logits_BSV.numpy(), values if select_BS is not None else {**by_token(values, draws.tokens_BT.shape), **states}

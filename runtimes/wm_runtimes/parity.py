@@ -10,7 +10,7 @@ B rows, T tokens, V vocabulary, R retrieval heads, K kv heads, k picks.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
@@ -24,7 +24,7 @@ from wm_graph.feed_forwards import product_keys
 from wm_graph.oracle import oracle_forward
 from wm_graph.params import CdmoeParams, Params, params_from_flat
 from wm_graph.taps import Taps
-from wm_graph.tolerances import FLOOR_ULPS, MOVED, UNIT_ROUNDOFF, choice_excess_limit, model_limit, score_budget
+from wm_graph.tolerances import FLOOR_ULPS, MOVED, UNIT_ROUNDOFF, model_limit, score_budget
 from wm_runtimes import availability, open_session
 from wm_runtimes.bundle import Bundle
 from wm_runtimes.choice_names import choice_names, op_of, options_of
@@ -32,7 +32,7 @@ from wm_runtimes.choices import EagerRunner, TellingSession
 from wm_runtimes.draws import Array, Choices, Draws, Trace, by_token, make_draws, run_draws
 from wm_runtimes.json_values import json_values
 from wm_runtimes.labels import graph_option, runtime_of
-from wm_runtimes.selections import NOTHING_CHOSEN, Judgement, judge_experts, judge_router, judge_threshold, judge_window
+from wm_runtimes.selections import Judgement, Verdict, judge_experts, judge_router, judge_threshold, judge_window
 from wm_runtimes.session import Session
 
 Progress = Callable[[str, float], None]
@@ -57,10 +57,9 @@ class ParityRow:
         R_limit: its limit.
         max_abs: largest error of one logit.
         max_abs_limit: its limit, at the scale of these logits.
-        choice_rate: share of choices that differ from the oracle's.
+        choice_rate: share of choices that differ from the oracle's, of the op with the largest.
         choice_rate_limit: its limit.
-        choice_excess: worst shortfall of a choice over its score budget.
-        choice_excess_limit: its limit, 1 unless the model amplifies rounding.
+        choice_excess: worst shortfall of a choice over its score budget; at most 1.
         tokens_per_s: tokens decoded per second, all rows together.
     """
 
@@ -74,7 +73,6 @@ class ParityRow:
     choice_rate: float
     choice_rate_limit: float
     choice_excess: float
-    choice_excess_limit: float
     tokens_per_s: float
 
     @property
@@ -84,7 +82,7 @@ class ParityRow:
             ("R", self.R, self.R_limit),
             ("max abs", self.max_abs, self.max_abs_limit),
             ("differing choices", self.choice_rate, self.choice_rate_limit),
-            ("choice shortfall over budget", self.choice_excess, self.choice_excess_limit),
+            ("choice shortfall over budget", self.choice_excess, 1.0),
         )
         return over_limits(checks)
 
@@ -135,14 +133,14 @@ class _Sums:
     squares: float = 0.0
     count: int = 0
     max_abs: float = 0.0
-    judgement: Judgement = NOTHING_CHOSEN
+    verdict: Verdict = field(default_factory=Verdict)
 
-    def add(self, error_NV: Array, judgement: Judgement) -> None:
+    def add(self, error_NV: Array, verdict: Verdict) -> None:
         """Pool the errors of some logits; NaN stays NaN."""
         self.squares += float(np.square(error_NV).sum())
         self.count += error_NV.size
         self.max_abs = float(np.maximum(self.max_abs, np.abs(error_NV).max(initial=0.0)))
-        self.judgement = self.judgement + judgement
+        self.verdict = self.verdict + verdict
 
     @property
     def rms(self) -> float:
@@ -162,10 +160,10 @@ class Oracle:
     def __init__(self, cfg: ModelConfig, params: Params, dtype: str) -> None:
         self.cfg, self.params, self.dtype = cfg, params, dtype
 
-    def follow(self, draws: Draws, own: Trace, choices: Choices) -> tuple[Array, Judgement]:
+    def follow(self, draws: Draws, own: Trace, choices: Choices) -> tuple[Array, Verdict]:
         """The oracle's logits when it makes the given choices, and the verdict on them; `own` is `run(draws)`."""
         if not choices:
-            return own.logits_BTV, NOTHING_CHOSEN
+            return own.logits_BTV, Verdict()
         verdict = self.judge(draws, own.choices, choices)
         if not verdict.differing and verdict.passed:
             return own.logits_BTV, verdict
@@ -182,11 +180,11 @@ class Oracle:
         values = {name: value.numpy() for name, value in taps.values.items()}
         return Trace(logits_BTV.numpy(), by_token(values, draws.tokens_BT.shape), ())
 
-    def judge(self, draws: Draws, own: Choices, choices: Choices) -> Judgement:
+    def judge(self, draws: Draws, own: Choices, choices: Choices) -> Verdict:
         """The verdict on all choices of the draws, by the oracle's queries, logits and scores in `own`."""
-        verdict = NOTHING_CHOSEN
+        verdict = Verdict()
         for name, value in choices.items():
-            verdict += self._judge(name, own[_reason_name(name)], value, draws.mask_BT)
+            verdict += Verdict({op_of(name): self._judge(name, own[_reason_name(name)], value, draws.mask_BT)})
         return verdict
 
     def _judge(self, name: str, reason: Array, value: Array, mask_BT: Array) -> Judgement:
@@ -284,7 +282,8 @@ class _Measurement:
             done = index * (1 + len(self.runtimes))
             progress(f"oracle and eager, {index + 1} of {len(self.groups)}", done / stages)
             own, eager = self.oracle.run(draws), run_draws(yardstick, draws)
-            self._move(draws, own)
+            moved = self.oracle.run(draws, {name: own.choices[name] for name in self.names}, self.u)
+            self.moved.add((moved.logits_BTV - own.logits_BTV)[draws.mask_BT], Verdict())
             self._add(self.eager, draws, own, eager)
             self.scale_squares += float(np.square(own.logits_BTV[draws.mask_BT]).sum())
             for place, (name, teller) in enumerate(telling.items()):
@@ -302,19 +301,10 @@ class _Measurement:
     def _options(self, name: str) -> dict[str, Any]:
         return {**graph_option(name), **self.options.get(name, {})}
 
-    def _move(self, draws: Draws, own: Trace) -> None:
-        """By how much the oracle's logits and choices move with its weights; its logits, at its own choices."""
-        moved, judgement = self.oracle.run(draws, noise=self.u), NOTHING_CHOSEN
-        if self.names:
-            _, judgement = self.oracle.follow(draws, own, {name: moved.choices[name] for name in self.names})
-        if judgement.differing:
-            moved = self.oracle.run(draws, {name: own.choices[name] for name in self.names}, self.u)
-        self.moved.add((moved.logits_BTV - own.logits_BTV)[draws.mask_BT], judgement)
-
     def _add(self, sums: _Sums, draws: Draws, own: Trace, trace: Trace) -> None:
-        expected_BTV, judgement = self.oracle.follow(draws, own, trace.choices)
+        expected_BTV, verdict = self.oracle.follow(draws, own, trace.choices)
         mask_BT = draws.mask_BT
-        sums.add(trace.logits_BTV[mask_BT].astype(np.float64) - expected_BTV[mask_BT], judgement)
+        sums.add(trace.logits_BTV[mask_BT].astype(np.float64) - expected_BTV[mask_BT], verdict)
 
     def _report(self) -> ParityReport:
         if not self.eager.count or not all(sums.count for sums in self.sums.values()):
@@ -337,9 +327,8 @@ class _Measurement:
             R_limit=limit.R,
             max_abs=sums.max_abs,
             max_abs_limit=limit.max_abs_at(scale, self.moved.max_abs),
-            choice_rate=sums.judgement.rate,
+            choice_rate=sums.verdict.rate,
             choice_rate_limit=limit.choice_rate,
-            choice_excess=sums.judgement.excess,
-            choice_excess_limit=choice_excess_limit(self.moved.judgement.excess),
+            choice_excess=sums.verdict.excess,
             tokens_per_s=self.batch / median(seconds) if seconds else 0.0,
         )

@@ -4,8 +4,8 @@ B batch, T tokens, K kv heads, A score heads, R retrieval heads, J sub-keys, d h
 S keys or steps, V vocabulary.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,13 +43,53 @@ class Judgement:
         return Judgement(self.chosen + other.chosen, self.differing + other.differing, float(np.fmax(self.excess, other.excess)))
 
 
-NOTHING_CHOSEN = Judgement(0, 0, 0.0)
+_NOTHING = Judgement(0, 0, 0.0)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Judgements of all choices of a model, op by op: an op that makes few choices is not lost among those of one that makes many.
+
+    Attributes:
+        ops: op that chooses -> the judgement on its choices in all layers.
+    """
+
+    ops: Mapping[str, Judgement] = field(default_factory=dict)
+
+    def __add__(self, other: "Verdict") -> "Verdict":
+        both = {**self.ops, **other.ops}
+        return Verdict({op: self.ops.get(op, _NOTHING) + other.ops.get(op, _NOTHING) for op in both})
+
+    @property
+    def chosen(self) -> int:
+        """Choices made."""
+        return sum(judgement.chosen for judgement in self.ops.values())
+
+    @property
+    def differing(self) -> int:
+        """Choices that are not the oracle's."""
+        return sum(judgement.differing for judgement in self.ops.values())
+
+    @property
+    def excess(self) -> float:
+        """Largest shortfall of a choice of any op, in units of its score budget."""
+        return max((judgement.excess for judgement in self.ops.values()), default=0.0)
+
+    @property
+    def rate(self) -> float:
+        """Largest share of an op's choices that differ."""
+        return max((judgement.rate for judgement in self.ops.values()), default=0.0)
+
+    @property
+    def passed(self) -> bool:
+        """Every differing choice is inside its budget."""
+        return all(judgement.passed for judgement in self.ops.values())
 
 
 def judge_experts(query_BTR2d: Array, keys_RJ2d: Array, expert_BTRk: Array, budget: float, mask_BT: Array | None = None) -> Judgement:
     """Judge the picks of `product_key_topk` by the oracle's query and keys.
 
-        shortfall = (k-th best of all scores) - (worst score among the candidate's picks)
+        shortfall = (best score that the candidate left out) - (worst score it took instead)
 
     A pick passes where shortfall <= budget * (|q_x| max|k_x| + |q_y| max|k_y|), and the k picks of a head are distinct experts.
 
@@ -62,22 +102,36 @@ def judge_experts(query_BTR2d: Array, keys_RJ2d: Array, expert_BTRk: Array, budg
     """
     half_BTR2J, scale_BTR = _half_scores(query_BTR2d, keys_RJ2d)
     J, k = half_BTR2J.shape[-1], expert_BTRk.shape[-1]
-    best_BTRk, least_BTR = _best_experts(half_BTR2J, k)
+    best_BTRk = _best_experts(half_BTR2J, k)
     possible_BTR = ((expert_BTRk >= 0) & (expert_BTRk < J * J)).all(-1) & _distinct(expert_BTRk)
-    pick_BTRk = np.clip(expert_BTRk, 0, J * J - 1)
-    x_BTRk = np.take_along_axis(half_BTR2J[..., 0, :], pick_BTRk // J, -1)
-    y_BTRk = np.take_along_axis(half_BTR2J[..., 1, :], pick_BTRk % J, -1)
-    shortfall_BTR = least_BTR - (x_BTRk + y_BTRk).min(-1)
+    own_BTRk, made_BTRk = (_expert_scores(half_BTR2J, np.clip(pick, 0, J * J - 1)) for pick in (best_BTRk, expert_BTRk))
+    shortfall_BTR, new_BTRk = _shortfall(best_BTRk, own_BTRk, expert_BTRk, made_BTRk)
     excess_BTR = np.where(possible_BTR, _in_budgets(shortfall_BTR, budget * scale_BTR), np.inf)
-    new_BTRk = ~(expert_BTRk[..., :, None] == best_BTRk[..., None, :]).any(-1)
     counts_BT = np.ones(expert_BTRk.shape[:2], bool) if mask_BT is None else mask_BT
     return _pooled(excess_BTR[counts_BT], int(counts_BT.sum()) * expert_BTRk.shape[2] * k, int(new_BTRk[counts_BT].sum()))
+
+
+def _expert_scores(half_BTR2J: Array, expert_BTRk: Array) -> Array:
+    """Scores of experts: the sum of those of their halves."""
+    J = half_BTR2J.shape[-1]
+    x_BTRk = np.take_along_axis(half_BTR2J[..., 0, :], expert_BTRk // J, -1)
+    score_BTRk: Array = x_BTRk + np.take_along_axis(half_BTR2J[..., 1, :], expert_BTRk % J, -1)
+    return score_BTRk
+
+
+def _shortfall(best_xk: Array, own_xk: Array, pick_xk: Array, made_xk: Array) -> tuple[Array, Array]:
+    """(best score that the picks leave out - worst score taken instead, 0 where the sets are the same; which picks were taken instead)."""
+    same_xkk = best_xk[..., :, None] == pick_xk[..., None, :]
+    left_xk, new_xk = ~same_xkk.any(-1), ~same_xkk.any(-2)
+    dropped_x, taken_x = np.where(left_xk, own_xk, -np.inf).max(-1), np.where(new_xk, made_xk, np.inf).min(-1)
+    differs_x = new_xk.any(-1) & left_xk.any(-1)
+    return np.subtract(dropped_x, taken_x, out=np.zeros_like(dropped_x), where=differs_x), new_xk
 
 
 def judge_router(logits_BTxE: Array, expert_BTxk: Array, budget: float, mask_BT: Array | None = None) -> Judgement:
     """Judge the picks of `router_topk` by the oracle's logits.
 
-        shortfall = (k-th best logit) - (worst logit among the candidate's picks)
+        shortfall = (best logit that the candidate left out) - (worst logit it took instead)
 
     A choice passes where shortfall <= budget * max |logit|, and its k picks are distinct experts.
 
@@ -90,9 +144,9 @@ def judge_router(logits_BTxE: Array, expert_BTxk: Array, budget: float, mask_BT:
     E, k = logits_BTxE.shape[-1], expert_BTxk.shape[-1]
     best_BTxk = np.argsort(-logits_BTxE, axis=-1, kind="stable")[..., :k]
     possible_BTx = ((expert_BTxk >= 0) & (expert_BTxk < E)).all(-1) & _distinct(expert_BTxk)
-    least_BTx, worst_BTx = (np.take_along_axis(logits_BTxE, np.clip(pick, 0, E - 1), -1).min(-1) for pick in (best_BTxk, expert_BTxk))
-    excess_BTx = np.where(possible_BTx, _in_budgets(least_BTx - worst_BTx, budget * np.abs(logits_BTxE).max(-1)), np.inf)
-    new_BTxk = ~(expert_BTxk[..., :, None] == best_BTxk[..., None, :]).any(-1)
+    own_BTxk, made_BTxk = (np.take_along_axis(logits_BTxE, np.clip(pick, 0, E - 1), -1) for pick in (best_BTxk, expert_BTxk))
+    shortfall_BTx, new_BTxk = _shortfall(best_BTxk, own_BTxk, expert_BTxk, made_BTxk)
+    excess_BTx = np.where(possible_BTx, _in_budgets(shortfall_BTx, budget * np.abs(logits_BTxE).max(-1)), np.inf)
     counts_BT = np.ones(expert_BTxk.shape[:2], bool) if mask_BT is None else mask_BT
     return _pooled(excess_BTx[counts_BT], expert_BTxk[counts_BT].size, int(new_BTxk[counts_BT].sum()))
 
@@ -236,15 +290,16 @@ def _half_scores(query_BTR2d: Array, keys_RJ2d: Array) -> tuple[Array, Array]:
     return half_BTR2J, (np.linalg.norm(query, axis=-1) * longest_R2).sum(-1)
 
 
-def _best_experts(half_BTR2J: Array, k: int) -> tuple[Array, Array]:
-    """The k best experts, ties to the lower index, and the score of the last of them."""
+def _best_experts(half_BTR2J: Array, k: int) -> Array:
+    """The k best experts, ties to the lower index."""
     best_BTR2k = np.sort(np.argsort(-half_BTR2J, axis=-1, kind="stable")[..., :k], -1)
     top_BTR2k = np.take_along_axis(half_BTR2J, best_BTR2k, -1)
     # The k best of all J² sums lie among the k² sums of the best halves; sorted halves keep the grid in order of expert index.
     grid = (top_BTR2k[..., 0, :, None] + top_BTR2k[..., 1, None, :]).reshape(*top_BTR2k.shape[:3], -1)
     expert_grid = (best_BTR2k[..., 0, :, None] * half_BTR2J.shape[-1] + best_BTR2k[..., 1, None, :]).reshape(grid.shape)
     pick_BTRk = np.argsort(-grid, axis=-1, kind="stable")[..., :k]
-    return np.take_along_axis(expert_grid, pick_BTRk, -1), np.take_along_axis(grid, pick_BTRk[..., -1:], -1)[..., 0]
+    best_BTRk: Array = np.take_along_axis(expert_grid, pick_BTRk, -1)
+    return best_BTRk
 
 
 def _distinct(index: Array) -> Array:
