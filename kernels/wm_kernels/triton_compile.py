@@ -1,10 +1,12 @@
 """Compiling the launches of a plan ahead of time, on a machine with or without a GPU."""
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
 
+from wm_kernels.native import Kernel
 from wm_kernels.triton_launch import INT32_MAX, Launch, Plan
 
 _POINTERS = {
@@ -32,8 +34,6 @@ def compile_plan(plan: Plan, dtypes: Mapping[str, torch.dtype], capability: int)
 
 def _compile(launch: Launch, dtypes: Mapping[str, torch.dtype], capability: int) -> Any:
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     kernel = launch.kernel if isinstance(launch.kernel, triton.JITFunction) else triton.JITFunction(launch.kernel.fn)
     signature: dict[str, str] = {}
@@ -48,7 +48,46 @@ def _compile(launch: Launch, dtypes: Mapping[str, torch.dtype], capability: int)
             signature[name] = "i32" if -INT32_MAX <= value <= INT32_MAX else "i64"
         if isinstance(value, str) or (value % 16 == 0 and name not in unspecialized):
             attributes[(kernel.arg_names.index(name),)] = _DIVISIBLE
-    signature |= dict.fromkeys(constants, "constexpr")
-    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, places, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    return _compiled(kernel, signature, attributes, constants, capability, launch.options)
+
+
+def compile_kernel(kernel: Kernel, capability: int) -> Any:
+    """Compile a kernel of traced plans for one architecture; the process must not have chosen Triton's interpreter.
+
+    Args:
+        kernel: what to compile.
+        capability: 80 for sm_80, 90 for sm_90, 100 for sm_100.
+
+    Returns:
+        What Triton compiled: `.asm["cubin"]`, `.asm["ptx"]`, `.metadata`.
+    """
+    module, name = kernel.function
+    function, constants = getattr(import_module(module), name), dict(kernel.constants)
+    runtime = [name for name in function.arg_names if name not in constants]
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for name, parameter in zip(runtime, kernel.parameters, strict=True):
+        kind, *assumed = parameter.split(":")
+        signature[name] = _POINTERS[getattr(torch, assumed[0])] if kind == "ptr" else kind
+        if assumed and assumed[-1] == "16":
+            attributes[(function.arg_names.index(name),)] = _DIVISIBLE
+    options = {"num_warps": kernel.warps, "num_stages": kernel.stages, "maxnreg": kernel.max_registers}
+    return _compiled(function, signature, attributes, constants, capability, options)
+
+
+def _compiled(
+    function: Any,
+    signature: Mapping[str, str],
+    attributes: dict[tuple[int, ...], Any],
+    constants: Mapping[str, Any],
+    capability: int,
+    options: Mapping[str, int | None],
+) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {**signature, **dict.fromkeys(constants, "constexpr")}
+    places = {(function.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(function, {name: types[name] for name in function.arg_names}, places, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options))

@@ -11,6 +11,7 @@ import torch
 
 from wm_kernels.attention import triton_exact as in_chunks
 from wm_kernels.attention import triton_kernel as kernels
+from wm_kernels.symbolic import least, most
 from wm_kernels.triton_configs import config
 from wm_kernels.triton_launch import Launch, Plan, Scratch, architecture, strides_of
 from wm_kernels.triton_support import blocks, dtype_name, power_of_two
@@ -166,7 +167,7 @@ def _shares(
 ) -> Plan:  # fmt: skip
     G, N = H // K, values["BLOCK_N"]
     R = _rows(G, values)
-    shares = shares_of(B * K, values["programs"], min(MOST_SHARES, max(1, L // N)))
+    shares = shares_of(B * K, values["programs"], least(MOST_SHARES, most(1, L // N)))
     dims = {"H": H, "K": K, "P": P, "BLOCK_P": block_of(P), "BLOCK_R": R}
     partial = Launch(
         kernels.attend_some_cells,

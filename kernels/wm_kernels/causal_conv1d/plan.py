@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from wm_kernels.causal_conv1d.triton_kernel import causal_conv1d_kernel
+from wm_kernels.symbolic import most
 from wm_kernels.triton_configs import config
 from wm_kernels.triton_launch import Launch, Plan
 from wm_kernels.triton_support import blocks, dtype_name, power_of_two
@@ -54,5 +55,5 @@ def plan(
     names = ("x_BTC", "weight_CL", "bias_C", "before_BYC", "valid_B", "y_BTC", "after_BYC")
     arguments = (*names, T, *x_strides, weight_stride, *before_strides, *after_strides)
     # A row without tokens still hands on its state.
-    grid = (blocks(C, block_C) * max(1, blocks(T, block_T)) * B,)
+    grid = (blocks(C, block_C) * most(1, blocks(T, block_T)) * B,)
     return Plan((Launch(causal_conv1d_kernel, grid, arguments, constants, values["num_warps"], 1),))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from wm_kernels.gated_rms_norm.triton_kernel import gated_rms_norm_kernel
+from wm_kernels.symbolic import least
 from wm_kernels.triton_configs import config
 from wm_kernels.triton_launch import Launch, Plan
 from wm_kernels.triton_support import blocks, dtype_name, power_of_two
@@ -25,5 +26,5 @@ def plan(M: int, C: int, dtype: torch.dtype, eps: float, y_stride: int, z_stride
     rows = values["rows"]
     constants = {"C": C, "EPS": eps, "ROWS": rows, "BLOCK_C": min(power_of_two(C), WIDEST)}
     arguments = ("y_MC", "z_MC", "weight_C", "out_MC", M, y_stride, z_stride)
-    grid = (min(blocks(M, rows), values["programs"]),)
+    grid = (least(blocks(M, rows), values["programs"]),)
     return Plan((Launch(gated_rms_norm_kernel, grid, arguments, constants, values["num_warps"], 1),))

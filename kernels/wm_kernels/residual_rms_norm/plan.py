@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from wm_kernels.residual_rms_norm.triton_kernel import residual_rms_norm_kernel
+from wm_kernels.symbolic import least
 from wm_kernels.triton_configs import config
 from wm_kernels.triton_launch import Launch, Plan
 from wm_kernels.triton_support import blocks, dtype_name, power_of_two
@@ -27,5 +28,5 @@ def plan(
     rows = values["rows"]
     constants = {"D": D, "EPS": eps, "HAS_SCALE": has_scale, "ROWS": rows, "BLOCK_D": min(power_of_two(D), WIDEST)}
     arguments = ("x_MD", "residual_MD", "scale_D", "weight_D", "normed_MD", "sum_MD", M, x_stride, residual_stride)
-    grid = (min(blocks(M, rows), values["programs"]),)
+    grid = (least(blocks(M, rows), values["programs"]),)
     return Plan((Launch(residual_rms_norm_kernel, grid, arguments, constants, values["num_warps"], 1),))

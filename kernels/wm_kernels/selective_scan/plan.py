@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from wm_kernels.selective_scan.triton_kernel import selective_scan_carry_kernel, selective_scan_kernel, selective_step_kernel
+from wm_kernels.symbolic import least, most
 from wm_kernels.triton_configs import config
 from wm_kernels.triton_launch import Launch, Plan, Scratch
 from wm_kernels.triton_support import blocks, dtype_name, power_of_two
@@ -66,8 +67,8 @@ def plan(
         constants = {"C": C, "N": N, **flags, **tile}
         grid = (B * blocks(C, block_C),)
         return Plan((Launch(selective_step_kernel, grid, (*names, *token_strides, *state_strides), constants, values["num_warps"], 1),))
-    chunk = _chunk(T, B * blocks(C, block_C), values) if chosen == "chunks" else max(T, 1)
-    K = max(1, blocks(T, chunk))
+    chunk = _chunk(T, B * blocks(C, block_C), values) if chosen == "chunks" else most(T, 1)
+    K = most(1, blocks(T, chunk)) if chosen == "chunks" else 1
 
     def part(name: str, before: str, after: str, chunks: int) -> Launch:
         names = ("x_BTC", "dt_BTC", "A_CN", "B_BTN", "C_BTN", "valid_B", before, "y_BTC", after, "total" if K > 1 else "A_CN")
@@ -91,5 +92,5 @@ def plan(
 
 def _chunk(T: int, programs: int, values: Mapping[str, int]) -> int:
     """Tokens of a chunk: as many programs as configured, in all, but no chunk shorter than `least`; a multiple of what is read ahead."""
-    K = max(1, min(values["programs"] // programs, T // values["least"]))
+    K = most(1, least(values["programs"] // programs, T // values["least"]))
     return blocks(blocks(T, K), values["ahead"]) * values["ahead"]

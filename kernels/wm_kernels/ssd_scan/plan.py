@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from wm_kernels.symbolic import least, most
 from wm_kernels.triton_configs import config
 from wm_kernels.triton_launch import Launch, Plan, Scratch
 from wm_kernels.triton_support import blocks, dtype_name, power_of_two
@@ -90,8 +91,8 @@ def _programs(call: ScanCall, chosen: Any) -> int:
 def _segments(call: ScanCall) -> int:
     """Segments that fill the device with programs, none of them too short to be worth its own start."""
     chosen = values(call, "fold")
-    wanted = -(-chosen["programs"] // max(1, _programs(call, chosen)))
-    return max(1, min(wanted, call.T // chosen["least_tokens"]))
+    wanted = -(-chosen["programs"] // most(1, _programs(call, chosen)))
+    return most(1, least(wanted, call.T // chosen["least_tokens"]))
 
 
 def _block_p(call: ScanCall, chosen: Any) -> int:
@@ -116,8 +117,8 @@ def chunked(call: ScanCall, name: str, chosen: Any, segments: int) -> Plan:
     """The launches of a regime other than `tokens`, with K about `segments`."""
     original = call
     chunk = chosen["BLOCK_Q"]
-    segment = -(-call.T // (segments * chunk)) * chunk
-    segments = blocks(call.T, segment)
+    segment = most(1, blocks(call.T, segments * chunk)) * chunk
+    segments = most(1, blocks(call.T, segment)) if name in ("fold", "carry") else 1
     rows, size = call.B * call.H, call.N * call.P
     chunks = blocks(call.T, chunk)
     exact = call.dtype == torch.float32
