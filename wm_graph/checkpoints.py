@@ -60,8 +60,8 @@ def new_folder(directory: Path) -> Iterator[Path]:
     try:
         scratch.chmod(0o755)
         yield scratch
-        for file in scratch.iterdir():
-            file.chmod(0o644)
+        for path in scratch.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         if directory.exists():
             directory.rmdir()
         os.rename(scratch, directory)

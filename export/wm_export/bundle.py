@@ -14,8 +14,9 @@ import onnx
 import torch
 from safetensors.torch import save_file
 
+from wm_export import native
 from wm_export.golden import golden_data
-from wm_export.program import export_program, next_name
+from wm_export.program import Program, export_program, next_name
 from wm_export.to_onnx import FILES, onnx_from_program
 from wm_export.weights import write_weights
 from wm_graph.checkpoints import WEIGHTS, load_checkpoint, load_tensors, new_folder, read_json
@@ -28,35 +29,42 @@ from wm_graph.state import leaf_dtype
 from wm_graph.tolerances import MODEL_LIMITS
 from wm_kernels.onnx_functions import OPSET
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-TARGETS = ("onnx",)
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TARGETS = ("onnx", "native")
 SCHEMA = 1
 HEADER_LIMIT = 5_000_000
-_FRESH = ".new."  # prefix of files that are about to replace those of a bundle
+_FRESH = ".new"  # folder of what is about to replace parts of a bundle
 _NO_TOKENS: dict[str, Any] = {"bos": None, "eos": None, "pad": None, "stop": [], "add_bos": False}
 
 Progress = Callable[[str, float], None]
 
 
 def export_bundle(
-    checkpoint: str | Path, bundle: str | Path, *, targets: Sequence[str] = TARGETS, dtype: str = "fp32", progress: Progress | None = None
+    checkpoint: str | Path,
+    bundle: str | Path,
+    *,
+    targets: Sequence[str] = ("onnx",),
+    dtype: str = "fp32",
+    architectures: Sequence[int] = (),
+    progress: Progress | None = None,
 ) -> None:
     """Make a bundle from a checkpoint folder, or nothing at all.
 
     Args:
         checkpoint: folder with config.json and model.safetensors, and optionally tokenizer.json and generation.json.
         bundle: the folder to make; must not exist, or be empty.
-        targets: what to make; `onnx` is both ONNX files.
-        dtype: `fp32` or `fp16`, the dtype of weights, caches and arithmetic.
+        targets: what to make; `onnx` is both ONNX files, `native` the kernels of the model's graph, compiled.
+        dtype: `fp32`, `fp16` or, without `onnx`, `bf16`: the dtype of weights, caches and arithmetic.
+        architectures: that `native` compiles for: 80 for sm_80, and so on.
         progress: called with a stage's name and the fraction done.
 
     Raises:
-        ExportError: an unknown target or dtype, or weights that are not finite in the export dtype.
+        ExportError: an unknown target, dtype or architecture, weights that are not finite in the export dtype, or no Triton for `native`.
         ConfigError: a model that allows no state, which a bundle carries: dynamic RoPE scaling without `rope_dynamic_cache`.
         CheckpointError: the checkpoint is damaged, or the bundle folder is taken.
     """
     tell = progress or (lambda stage, fraction: None)
-    _check_options(targets, dtype)
+    _check_options(targets, dtype, architectures)
     tell("reading the checkpoint", 0.0)
     cfg, params = load_checkpoint(checkpoint)
     check_cache(cfg)
@@ -69,20 +77,21 @@ def export_bundle(
         tell("making golden data", 0.25)
         save_file(golden_data(cfg, params), scratch / "golden.safetensors")
         del params
-        tell("exporting to ONNX", 0.4)
-        _write_onnx(cfg, DTYPES[dtype], scratch)
+        made = _write_targets(cfg, DTYPES[dtype], targets, architectures, scratch, tell)
         tell("writing the manifest", 0.95)
-        manifest = _manifest(cfg, DTYPES[dtype], extra, scratch)
+        manifest = _manifest(cfg, DTYPES[dtype], extra, scratch) | made
         (scratch / "manifest.json").write_text(_manifest_text(manifest))
     tell("done", 1.0)
 
 
-def export_into(bundle: str | Path, *, targets: Sequence[str] = TARGETS, progress: Progress | None = None) -> None:
-    """Make targets anew inside an existing bundle, from the weights it holds.
+def export_into(
+    bundle: str | Path, *, targets: Sequence[str] = ("onnx",), architectures: Sequence[int] = (), progress: Progress | None = None
+) -> None:
+    """Make targets anew inside an existing bundle, from the weights it holds; its other artefacts stay.
 
     Raises:
         BundleError: this is no bundle.
-        ExportError: an unknown target.
+        ExportError: an unknown target or architecture, or no Triton for `native`.
         ConfigError: as `export_bundle`.
     """
     bundle = Path(bundle)
@@ -95,26 +104,60 @@ def export_into(bundle: str | Path, *, targets: Sequence[str] = TARGETS, progres
     if manifest.get("schema") != SCHEMA or manifest.get("dtype") not in names:
         raise BundleError(f"{manifest_file}: not a schema {SCHEMA} manifest of this version; export the bundle again")
     dtype = names[manifest["dtype"]]
-    _check_options(targets, dtype)
+    _check_options(targets, dtype, architectures)
     cfg = ModelConfig.from_dict(manifest["config"])
     check_cache(cfg)
     _check_finite(cfg, params_from_flat(cfg, load_tensors(bundle)))
-    tell("exporting to ONNX", 0.1)
-    fresh = [bundle / f"{_FRESH}{name}" for name in (*FILES.values(), "manifest.json")]
+    scratch = bundle / _FRESH
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
     try:
-        _write_onnx(cfg, DTYPES[dtype], bundle, prefix=_FRESH)
-        for path in fresh[:-1]:
-            os.replace(path, bundle / path.name.removeprefix(_FRESH))
+        _link(bundle / WEIGHTS, scratch / WEIGHTS)
+        manifest |= _write_targets(cfg, DTYPES[dtype], targets, architectures, scratch, tell)
+        (scratch / WEIGHTS).unlink()
+        for made in sorted(scratch.iterdir()):
+            _replace(made, bundle / made.name)
         manifest |= {"files": _files(bundle), "versions": _versions()}
-        fresh[-1].write_text(_manifest_text(manifest))
-        os.replace(fresh[-1], manifest_file)
+        (scratch / "manifest.json").write_text(_manifest_text(manifest))
+        os.replace(scratch / "manifest.json", manifest_file)
     finally:
-        for path in fresh:
-            path.unlink(missing_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
     tell("done", 1.0)
 
 
-def _check_options(targets: Sequence[str], dtype: str) -> None:
+def _link(file: Path, name: Path) -> None:
+    """The same file by another name; a copy where the file system has no such names."""
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copyfile(file, name)
+
+
+def _replace(made: Path, place: Path) -> None:
+    """Move a file, or a folder, to where an older one may be."""
+    if made.is_dir() and place.exists():
+        os.rename(place, made.with_name(f"{made.name}.old"))  # goes with the scratch folder
+    os.replace(made, place)
+
+
+def _write_targets(
+    cfg: ModelConfig, dtype: torch.dtype, targets: Sequence[str], architectures: Sequence[int], folder: Path, tell: Progress
+) -> dict[str, Any]:
+    """Write the artefacts of targets beside the weights; what the manifest says of them."""
+    tell("exporting the graph", 0.4)
+    program = export_program(cfg, dtype)
+    made: dict[str, Any] = {}
+    if "native" in targets:
+        # Before ONNX, whose translation of the program changes it.
+        kernels = folder / native.FOLDER
+        made["native"] = native.write_native(program, architectures, kernels, lambda done: tell("compiling kernels", 0.45 + 0.25 * done))
+    if "onnx" in targets:
+        tell("exporting to ONNX", 0.7)
+        _write_onnx(program, folder)
+    return made
+
+
+def _check_options(targets: Sequence[str], dtype: str, architectures: Sequence[int]) -> None:
     if dtype not in DTYPES:
         raise ExportError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     if not targets:
@@ -122,6 +165,12 @@ def _check_options(targets: Sequence[str], dtype: str) -> None:
     for target in targets:
         if target not in TARGETS:
             raise ExportError(f"unknown target {target!r}; choose from {', '.join(TARGETS)}")
+    if dtype == "bf16" and "onnx" in targets:
+        raise ExportError("target onnx makes no bf16 files; choose fp32 or fp16, or target native alone")
+    if "native" in targets:
+        native.check_architectures(architectures)
+    elif architectures:
+        raise ExportError("architectures are those of target native, which is not asked for; add it to --targets or leave out --sm")
 
 
 def _check_finite(cfg: ModelConfig, params: Params) -> None:
@@ -140,14 +189,13 @@ def _copy_text(checkpoint: Path, scratch: Path) -> dict[str, Any]:
     return {"tokens": _NO_TOKENS | dict(extra.get("tokens") or {}), "chat_template": extra.get("chat_template")}
 
 
-def _write_onnx(cfg: ModelConfig, dtype: torch.dtype, folder: Path, prefix: str = "") -> None:
+def _write_onnx(program: Program, folder: Path) -> None:
     """Write both ONNX files beside the weights, and check them there: the checker follows no links to external data."""
-    program = export_program(cfg, dtype)
     for flavour, proto in onnx_from_program(program, folder / WEIGHTS, WEIGHTS).items():
         data = proto.SerializeToString(deterministic=True)
         if len(data) > HEADER_LIMIT:
             raise ExportError(f"{FILES[flavour]}: header of {len(data)} bytes, expected at most {HEADER_LIMIT}; a weight was stored inside")
-        file = folder / f"{prefix}{FILES[flavour]}"
+        file = folder / FILES[flavour]
         file.write_bytes(data)
         try:
             onnx.checker.check_model(str(file), full_check=True)
@@ -195,8 +243,9 @@ def _leaf(spec: LeafSpec, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != "manifest.json" and not path.name.startswith("."))
-    return {path.name: {"sha256": _sha256(path), "size": path.stat().st_size} for path in files}
+    inside = [path for path in folder.iterdir() if not path.name.startswith(".") and path.name != "manifest.json"]
+    files = [path for path in inside if path.is_file()] + [path for path in (folder / native.FOLDER).rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): {"sha256": _sha256(path), "size": path.stat().st_size} for path in sorted(files)}
 
 
 def _sha256(path: Path) -> str:
@@ -206,7 +255,7 @@ def _sha256(path: Path) -> str:
 
 def _versions() -> dict[str, str]:
     found: dict[str, str] = {}
-    for package in ("wm-graph", "torch", "onnx", "onnxscript", "onnx-ir"):
+    for package in ("wm-graph", "torch", "triton", "onnx", "onnxscript", "onnx-ir"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

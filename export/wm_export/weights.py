@@ -9,7 +9,7 @@ from torch import Tensor
 
 PAGE = 4096
 LINE = 64
-_NAMES = {torch.float32: "F32", torch.float16: "F16"}
+_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def write_weights(tensors: dict[str, Tensor], path: Path) -> None:
@@ -19,7 +19,7 @@ def write_weights(tensors: dict[str, Tensor], path: Path) -> None:
     cost it about 6 % of a decode step (measured on SmolLM2-135M); the format allows the header to be padded with spaces.
 
     Args:
-        tensors: float32 and float16 tensors by name.
+        tensors: float32, float16 and bfloat16 tensors by name.
         path: the file to make.
     """
     # Sizes that are whole lines come first and keep each other aligned; then wider items before narrower ones.
@@ -37,4 +37,4 @@ def write_weights(tensors: dict[str, Tensor], path: Path) -> None:
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
         for name in names:
-            file.write(tensors[name].detach().contiguous().numpy().data)
+            file.write(tensors[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)

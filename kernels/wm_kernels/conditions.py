@@ -17,7 +17,7 @@ class Condition:
     outside: bool = False
 
     def __post_init__(self) -> None:
-        if self.outside and self.low != self.high and -ENDLESS < self.low and self.high < ENDLESS:
+        if self.outside and self.low != self.high and self.low > -ENDLESS and self.high < ENDLESS:
             raise ValueError("a condition excludes one number or one side")
 
     @property
@@ -77,7 +77,7 @@ class Facts:
 
     def __init__(self, conditions: Iterable[Condition] = ()) -> None:
         self.limits: dict[Expression, Interval] = {}  # of values that are known to be narrower than they seem
-        self._excluded: set[tuple[Expression, int]] = set()
+        self._excluded: set[tuple[Expression, int, int]] = set()  # twice the number
         self.possible = True
         for condition in conditions:
             self.assume(condition)
@@ -88,16 +88,14 @@ class Facts:
         inside: bool | None = None
         if condition.low <= low and high <= condition.high:
             inside = True
-        elif high < condition.low or condition.high < low:
-            inside = False
-        elif condition.low == condition.high and (condition.value, condition.low) in self._excluded:
+        elif high < condition.low or condition.high < low or (condition.value, condition.low, condition.high) in self._excluded:
             inside = False
         return None if inside is None else inside is not condition.outside
 
     def assume(self, condition: Condition) -> None:
         """Add a condition, and what follows from it for the parts of its value."""
         if condition.outside:
-            self._excluded.add((condition.value, condition.low))
+            self._excluded.add((condition.value, condition.low, condition.low))
             self._narrow(condition.value, -ENDLESS, ENDLESS)
         else:
             self._narrow(condition.value, condition.low, condition.high)
@@ -108,9 +106,9 @@ class Facts:
             return
         least, most = bounds(value, self.limits)
         least, most = max(least, low), min(most, high)
-        while (value, least) in self._excluded:
+        while (value, least, least) in self._excluded:
             least += 1
-        while (value, most) in self._excluded:
+        while (value, most, most) in self._excluded:
             most -= 1
         if least > most:
             self.possible = False

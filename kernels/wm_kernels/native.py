@@ -1,8 +1,8 @@
 """Plans as data: an op's launches for all sizes at once, which a loader without Python makes.
 
-Each op that travels has a `native.py`, which declares how its tensors and plain arguments make the call of its plan. Letters in the names of
-tensors are their sizes, as everywhere. A plan is run with sizes that are not known (`symbolic`); what comes out are variants: launches, whose
-grids and arguments are expressions, and the conditions under which they are the op's.
+Each op that travels has a `native.py`, which declares how its tensors and plain arguments make the call of its plan. Letters in the names
+of tensors are their sizes, as everywhere. A plan is run with sizes that are not known (`symbolic`); what comes out are variants: launches,
+whose grids and arguments are expressions, and the conditions under which they are the op's.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Integers that record what is done with them, so that a function of sizes can be run without sizes.
 
-Arithmetic gives expressions. A branch on a comparison is taken both ways: the function is run again for each, and every run gives one of its
-results with the conditions under which it is the result.
+Arithmetic gives expressions. A branch on a comparison is taken both ways: the function is run again for each, and every run gives one of
+its results with the conditions under which it is the result.
 """
 
 from collections.abc import Callable
