@@ -14,9 +14,10 @@ from wm_export.native_lint import check_kernel
 from wm_export.program import Program
 from wm_graph.errors import ExportError
 from wm_kernels.cubin import registers_of
-from wm_kernels.native import Kernel, Native, NotServedError, TraceError, Use
+from wm_kernels.native import Kernel, Native, NotServedError, Use
 from wm_kernels.native_ops import native_op
 from wm_kernels.native_plans import FILE, Entry, document, entries_of, text_of
+from wm_kernels.symbolic import TraceError
 from wm_kernels.triton_support import SERVED
 
 FOLDER = "kernels"

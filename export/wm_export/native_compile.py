@@ -92,7 +92,8 @@ def _environment() -> dict[str, str]:
 
 
 def _asked(worker: "subprocess.Popen[str]", kernel: Kernel, architecture: str) -> Compiled:
-    assert worker.stdin is not None and worker.stdout is not None
+    assert worker.stdin is not None
+    assert worker.stdout is not None
     wanted = asdict(kernel) | {"capability": int(architecture.removeprefix("sm_"))}
     try:
         worker.stdin.write(json.dumps(wanted) + "\n")

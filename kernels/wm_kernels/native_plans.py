@@ -91,8 +91,10 @@ def _entry_document(entry: Entry) -> dict[str, Any]:
     def shape(name: str) -> list[Any]:
         return [as_json(of(size)) for size in shape_of(name, call.sizes)]
 
-    inputs = [{"name": name, "shape": shape(name) if name in dtypes else [], "optional": name not in dtypes} for name in declared.inputs]
-    outputs = [
+    inputs: list[dict[str, Any]] = [
+        {"name": name, "shape": shape(name) if name in dtypes else [], "optional": name not in dtypes} for name in declared.inputs
+    ]
+    outputs: list[dict[str, Any]] = [
         {
             "name": output.name,
             "dtype": dtype_name(dtypes[output.like] if isinstance(output.like, str) else output.like),

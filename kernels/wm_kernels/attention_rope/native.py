@@ -10,7 +10,8 @@ from wm_kernels.triton_launch import Plan
 def _plan(call: Call) -> Plan:
     strides = {name: call.strides(tensor) for name, tensor in (("qkv", "qkv_BTC"), ("cos", "cos_BTF"), ("sin", "sin_BTF"))}
     every = tuple((strides | strides_of_cells(call)).items())
-    return plan(*call.dims("BTHKPFS"), call.dtypes["qkv_BTC"], call.arch, every)
+    B, T, H, K, P, F, S = call.dims("BTHKPFS")
+    return plan(B, T, H, K, P, F, S, call.dtypes["qkv_BTC"], call.arch, every)
 
 
 NATIVE = Native(

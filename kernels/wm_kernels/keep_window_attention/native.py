@@ -15,8 +15,8 @@ def _plan(call: Call) -> Plan:
     if not call.given("slot_k_BKWP"):
         raise NotServedError("wm::keep_window_attention: a bundle's graph gives slots; give them and a position")
     strides = tuple((name, call.strides(TENSORS[name])) for name in ("q", "k", "v", "score", *SLOTS))
-    given, kind = (True, call.given("valid_B"), True), (call.dtypes["q_BTHP"], call.arch)
-    return uncached(plan)(WindowCall(*call.dims("BTHKPW"), *given, *kind, strides))
+    B, T, H, K, P, W = call.dims("BTHKPW")
+    return uncached(plan)(WindowCall(B, T, H, K, P, W, True, call.given("valid_B"), True, call.dtypes["q_BTHP"], call.arch, strides))
 
 
 NATIVE = Native(
