@@ -43,7 +43,7 @@ def compiled():
         "scalar": (copying(x="ptr:bfloat16:1", y="ptr:bfloat16:1", stride="i32"), "sm_90"),
         "float": (function("scale_rows", (*pair, "fp32"), constants=(("D", D),)), "sm_90"),
         "scratch": (function("describe_rows", (*pair, "i32")), "sm_90"),
-        "shared": (function("multiply", (*matrices, "i32"), constants=(("BLOCK", 128),), warps=8, stages=6), "sm_80"),
+        "shared": (function("multiply", (*matrices, "i32"), constants=(("BLOCK", 128),), warps=8, stages=8), "sm_80"),
         "old": (copying(), "sm_80"),
     }
     return dict(zip(wanted, compile_kernels(list(wanted.values()), processes=1), strict=True))
