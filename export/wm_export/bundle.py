@@ -148,7 +148,6 @@ def _write_targets(
     program = export_program(cfg, dtype)
     made: dict[str, Any] = {}
     if "native" in targets:
-        # Before ONNX, whose translation of the program changes it.
         kernels = folder / native.FOLDER
         made["native"] = native.write_native(program, architectures, kernels, lambda done: tell("compiling kernels", 0.45 + 0.25 * done))
     if "onnx" in targets:
