@@ -33,7 +33,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TARGETS = ("onnx", "native")
 SCHEMA = 1
 HEADER_LIMIT = 5_000_000
-_FRESH = ".new"  # folder of what is about to replace parts of a bundle
+_FRESH, _STALE = ".new.", ".old."  # prefixes of what is about to replace parts of a bundle, and of what was
 _NO_TOKENS: dict[str, Any] = {"bos": None, "eos": None, "pad": None, "stop": [], "add_bos": False}
 
 Progress = Callable[[str, float], None]
@@ -108,51 +108,56 @@ def export_into(
     cfg = ModelConfig.from_dict(manifest["config"])
     check_cache(cfg)
     _check_finite(cfg, params_from_flat(cfg, load_tensors(bundle)))
-    scratch = bundle / _FRESH
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
+    _clear(bundle)
     try:
-        _link(bundle / WEIGHTS, scratch / WEIGHTS)
-        manifest |= _write_targets(cfg, DTYPES[dtype], targets, architectures, scratch, tell)
-        (scratch / WEIGHTS).unlink()
-        for made in sorted(scratch.iterdir()):
-            _replace(made, bundle / made.name)
+        # Beside the weights, which the checker of ONNX files follows no link to.
+        manifest |= _write_targets(cfg, DTYPES[dtype], targets, architectures, bundle, tell, prefix=_FRESH)
+        for made in sorted(bundle.glob(f"{_FRESH}*")):
+            _replace(made, bundle / made.name.removeprefix(_FRESH))
         manifest |= {"files": _files(bundle), "versions": _versions()}
-        (scratch / "manifest.json").write_text(_manifest_text(manifest))
-        os.replace(scratch / "manifest.json", manifest_file)
+        fresh = bundle / f"{_FRESH}manifest.json"
+        fresh.write_text(_manifest_text(manifest))
+        os.replace(fresh, manifest_file)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        _clear(bundle)
     tell("done", 1.0)
-
-
-def _link(file: Path, name: Path) -> None:
-    """The same file by another name; a copy where the file system has no such names."""
-    try:
-        os.link(file, name)
-    except OSError:
-        shutil.copyfile(file, name)
 
 
 def _replace(made: Path, place: Path) -> None:
     """Move a file, or a folder, to where an older one may be."""
     if made.is_dir() and place.exists():
-        os.rename(place, made.with_name(f"{made.name}.old"))  # goes with the scratch folder
+        os.rename(place, place.with_name(f"{_STALE}{place.name}"))
     os.replace(made, place)
 
 
+def _clear(bundle: Path) -> None:
+    """Remove what an export into the bundle left, or would leave."""
+    for path in (*bundle.glob(f"{_FRESH}*"), *bundle.glob(f"{_STALE}*")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def _write_targets(
-    cfg: ModelConfig, dtype: torch.dtype, targets: Sequence[str], architectures: Sequence[int], folder: Path, tell: Progress
+    cfg: ModelConfig,
+    dtype: torch.dtype,
+    targets: Sequence[str],
+    architectures: Sequence[int],
+    folder: Path,
+    tell: Progress,
+    prefix: str = "",
 ) -> dict[str, Any]:
     """Write the artefacts of targets beside the weights; what the manifest says of them."""
     tell("exporting the graph", 0.4)
     program = export_program(cfg, dtype)
     made: dict[str, Any] = {}
     if "native" in targets:
-        kernels = folder / native.FOLDER
+        kernels = folder / f"{prefix}{native.FOLDER}"
         made["native"] = native.write_native(program, architectures, kernels, lambda done: tell("compiling kernels", 0.45 + 0.25 * done))
     if "onnx" in targets:
         tell("exporting to ONNX", 0.7)
-        _write_onnx(program, folder)
+        _write_onnx(program, folder, prefix)
     return made
 
 
@@ -188,13 +193,13 @@ def _copy_text(checkpoint: Path, scratch: Path) -> dict[str, Any]:
     return {"tokens": _NO_TOKENS | dict(extra.get("tokens") or {}), "chat_template": extra.get("chat_template")}
 
 
-def _write_onnx(program: Program, folder: Path) -> None:
+def _write_onnx(program: Program, folder: Path, prefix: str = "") -> None:
     """Write both ONNX files beside the weights, and check them there: the checker follows no links to external data."""
     for flavour, proto in onnx_from_program(program, folder / WEIGHTS, WEIGHTS).items():
         data = proto.SerializeToString(deterministic=True)
         if len(data) > HEADER_LIMIT:
             raise ExportError(f"{FILES[flavour]}: header of {len(data)} bytes, expected at most {HEADER_LIMIT}; a weight was stored inside")
-        file = folder / FILES[flavour]
+        file = folder / f"{prefix}{FILES[flavour]}"
         file.write_bytes(data)
         try:
             onnx.checker.check_model(str(file), full_check=True)
