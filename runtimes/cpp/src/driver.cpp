@@ -78,6 +78,12 @@ const Driver& driver() {
   return loaded.driver;
 }
 
+bool has_context() {
+  CuContext context = nullptr;
+  driver().check(driver().ctx_get_current(&context), "cuCtxGetCurrent");
+  return context != nullptr;
+}
+
 const Device& current_device() {
   thread_local Device last{};
   const Driver& d = driver();

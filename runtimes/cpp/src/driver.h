@@ -65,6 +65,9 @@ struct Device {
   int shared;  // most dynamic shared memory of a block
 };
 
+// Whether a context is current in this thread; throws Error (unavailable) where there is no driver.
+bool has_context();
+
 // Throws Error (unavailable) where no context is current. Asks the driver for no more than the context where it is the thread's last one.
 const Device& current_device();
 

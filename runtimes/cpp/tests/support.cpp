@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <nlohmann/json.hpp>
 #include <sstream>
 #include <stdexcept>
 
@@ -18,6 +19,16 @@ std::string temporary() {
   std::string name = (fs::temp_directory_path() / "wm_kernels_XXXXXX").string();
   if (::mkdtemp(name.data()) == nullptr) throw std::runtime_error("no temporary folder");
   return name;
+}
+
+std::string digits_of(const std::string& bytes) {
+  std::string digits;
+  for (const uint8_t byte : wmk::sha256(bytes)) {
+    std::array<char, 3> two{};
+    std::snprintf(two.data(), two.size(), "%02x", byte);
+    digits += two.data();
+  }
+  return digits;
 }
 
 }  // namespace
@@ -39,13 +50,7 @@ std::string sealed(std::string text) {
   const size_t place = text.find(member);
   if (place == std::string::npos || place + member.size() + 64 > text.size()) return text;
   text.replace(place + member.size(), 64, 64, '0');
-  std::string digits;
-  for (const uint8_t byte : wmk::sha256(text)) {
-    std::array<char, 3> two{};
-    std::snprintf(two.data(), two.size(), "%02x", byte);
-    digits += two.data();
-  }
-  return text.replace(place + member.size(), 64, digits);
+  return text.replace(place + member.size(), 64, digits_of(text));
 }
 
 Folder::Folder() : path(temporary()) { fs::copy(WM_GOLDEN, path, fs::copy_options::recursive); }
@@ -69,7 +74,14 @@ void Folder::edit(const std::string& from, const std::string& to) const {
   write("plans.json", sealed(text.replace(place, from.size(), to)));
 }
 
-void Folder::seal() const { write("plans.json", sealed(read("plans.json"))); }
+void Folder::replace_cubin(const std::string& kernel, const std::string& architecture, const std::string& content) const {
+  auto plans = nlohmann::json::parse(read("plans.json"));
+  auto& file = plans["kernels"][kernel]["files"][architecture];
+  write(file["file"].get<std::string>(), content);
+  file["sha256"] = digits_of(content);
+  file["size"] = content.size();
+  write("plans.json", sealed(plans.dump(1)));
+}
 
 Library::Library(const std::string& folder) : status(wmk_open(folder.c_str(), &handle)) {}
 Library::~Library() { wmk_close(handle); }

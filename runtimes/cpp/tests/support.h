@@ -20,8 +20,8 @@ class Folder {
   void write(const std::string& name, const std::string& content) const;
   // Replaces the first `from` of plans.json, which must be there, and seals the file anew.
   void edit(const std::string& from, const std::string& to) const;
-  // Writes the digest into plans.json that its text has.
-  void seal() const;
+  // Writes a cubin and its hash and size into plans.json.
+  void replace_cubin(const std::string& kernel, const std::string& architecture, const std::string& content) const;
 
   const std::string path;
 };
@@ -73,6 +73,7 @@ class Call {
 };
 
 // Ops of the golden plans, ready to be launched.
-constexpr uint64_t X = 0x10000000, DT = 0x20000000, STATE = 0x30000000, VALID = 0x40000000, Y = 0x50000000, NEXT = 0x60000000, SCRATCH = 0x70000000;
+constexpr uint64_t AT = uint64_t{1} << 42;  // far apart, so that large tensors do not overlap
+constexpr uint64_t X = AT, DT = 2 * AT, STATE = 3 * AT, VALID = 4 * AT, Y = 5 * AT, NEXT = 6 * AT, SCRATCH = 7 * AT;
 extern const std::vector<wmk_argument> SCAN_KEY;
 void fill_scan(Call& call, int64_t B, int64_t T, bool valid, uint64_t next = NEXT);
