@@ -1,8 +1,8 @@
 /* libwm_kernels: runs the kernels of a bundle from data alone, without Python, Triton or a compiler.
 
    A bundle's folder `kernels/` holds plans.json (which kernels make one call of an op, on which grids, with which arguments, as integer
-   expressions over dimensions) and cubins. This library opens it, finds what serves a call, says how large its outputs and its scratch are, and
-   launches it on the caller's stream:
+   expressions over dimensions) and cubins. This library opens it, finds what serves a call, says how large its outputs and its scratch are,
+   and launches it on the caller's stream:
 
        wmk_library* library;
        wmk_op* op;
@@ -12,11 +12,11 @@
        wmk_launch(op, &call);
 
    Memory. The library allocates none on the device. Tensors are contiguous. Pointers are device pointers of the current CUDA context.
-   Threads. All functions but wmk_close and wmk_release may be called from any number of threads at once. After the first call of a variant in a
-   context, wmk_launch takes no lock and allocates nothing, so that it can be captured in a CUDA graph; a first call under capture is refused.
-   Errors. Functions return WMK_OK or another wmk_status and leave one line for wmk_last_error. A call that is refused (every status but
-   WMK_FAILED) has launched nothing.
-   CUDA. libcuda.so.1 is loaded when it is first needed; opening, finding, layouts and wmk_verify work on machines that have none. */
+   Threads. All functions but wmk_close and wmk_release may be called from any number of threads at once. After the first call of a variant
+   in a context, wmk_launch takes no lock and allocates nothing, so that it can be captured in a CUDA graph; a first call under capture is
+   refused. Errors. Functions return WMK_OK or another wmk_status and leave one line for wmk_last_error. A call that is refused (every
+   status but WMK_FAILED) has launched nothing. CUDA. libcuda.so.1 is loaded when it is first needed; opening, finding, layouts and
+   wmk_verify work on machines that have none. */
 #ifndef WM_KERNELS_H
 #define WM_KERNELS_H
 
@@ -107,7 +107,8 @@ WMK_API const char* wmk_last_error(void);
 /* Open a folder `kernels/`. plans.json is read and checked as a whole; cubins are read when they are first needed. */
 WMK_API wmk_status wmk_open(const char* folder, wmk_library** library);
 
-/* Close it, once no thread uses it or its ops. Modules of the current context are unloaded; those of others stay until their context ends. */
+/* Close it, once no thread uses it or its ops. Modules of the current context are unloaded; those of others stay until their context ends.
+ */
 WMK_API void wmk_close(wmk_library* library);
 
 /* Read every cubin and compare size and SHA-256. */
@@ -124,7 +125,8 @@ WMK_API wmk_status wmk_load(const wmk_op* op);
 WMK_API size_t wmk_output_count(const wmk_op* op);
 
 /* Shapes and dtypes of the outputs; data pointers of the inputs are not looked at. */
-WMK_API wmk_status wmk_output_layouts(const wmk_op* op, const wmk_tensor* inputs, size_t input_count, wmk_layout* outputs, size_t output_count);
+WMK_API wmk_status wmk_output_layouts(const wmk_op* op, const wmk_tensor* inputs, size_t input_count, wmk_layout* outputs,
+                                      size_t output_count);
 
 /* Bytes of scratch that a call needs; scratch, scratch_bytes and stream are not looked at.
    architecture: "sm_90", or NULL for that of the current context's device. */

@@ -52,7 +52,9 @@ void destroy(void* kernel) { delete static_cast<NodeKernel*>(kernel); }
 
 // Whether two entries can be one op of ONNX Runtime: no input or output has two dtypes.
 bool same_dtypes(const wmk::Entry& a, const wmk::Entry& b) {
-  const auto inputs = [](const wmk::Tensor& x, const wmk::Tensor& y) { return x.dtype == y.dtype || x.dtype == WMK_ABSENT || y.dtype == WMK_ABSENT; };
+  const auto inputs = [](const wmk::Tensor& x, const wmk::Tensor& y) {
+    return x.dtype == y.dtype || x.dtype == WMK_ABSENT || y.dtype == WMK_ABSENT;
+  };
   const auto outputs = [](const wmk::Tensor& x, const wmk::Tensor& y) { return x.dtype == y.dtype; };
   return std::equal(a.inputs.begin(), a.inputs.end(), b.inputs.begin(), b.inputs.end(), inputs) &&
          std::equal(a.outputs.begin(), a.outputs.end(), b.outputs.begin(), b.outputs.end(), outputs);
@@ -61,8 +63,8 @@ bool same_dtypes(const wmk::Entry& a, const wmk::Entry& b) {
 void check_like(const wmk::Entry& a, const wmk::Entry& b) {
   const auto optional = [](const wmk::Tensor& x, const wmk::Tensor& y) { return x.optional == y.optional; };
   if (!std::equal(a.inputs.begin(), a.inputs.end(), b.inputs.begin(), b.inputs.end(), optional) || a.outputs.size() != b.outputs.size()) {
-    throw wmk::damaged("plans.json: entries of " + a.onnx.op_type + " differ in how many inputs or outputs they have, or which are optional; " +
-                       "export the bundle again");
+    throw wmk::damaged("plans.json: entries of " + a.onnx.op_type +
+                       " differ in how many inputs or outputs they have, or which are optional; " + "export the bundle again");
   }
 }
 

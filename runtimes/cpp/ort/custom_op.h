@@ -18,8 +18,8 @@ struct CustomOp : OrtCustomOp {
   std::vector<const wmk::Entry*> entries;  // of this op type; their dtypes agree where both have an input
 };
 
-// The ops of a library: entries are put together by op type and dtypes. Throws wmk::Error where entries of an op type differ in their number of inputs,
-// outputs or in which inputs are optional.
+// The ops of a library: entries are put together by op type and dtypes. Throws wmk::Error where entries of an op type differ in their
+// number of inputs, outputs or in which inputs are optional.
 std::vector<std::unique_ptr<CustomOp>> custom_ops(const std::shared_ptr<const wmk::Library>& library);
 
 }  // namespace wm_ort

@@ -74,7 +74,8 @@ using Shape = std::array<int64_t, WMK_MAX_RANK>;
 wmk_tensor tensor_of(const OrtValue* value, Shape& shape) {
   OrtTensorTypeAndShapeInfo* made = nullptr;
   check(api().GetTensorTypeAndShape(value, &made));
-  const std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(api().ReleaseTensorTypeAndShapeInfo)> info(made, api().ReleaseTensorTypeAndShapeInfo);
+  const std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(api().ReleaseTensorTypeAndShapeInfo)> info(made,
+                                                                                                       api().ReleaseTensorTypeAndShapeInfo);
   size_t rank = 0;
   check(api().GetDimensionsCount(made, &rank));
   if (rank > WMK_MAX_RANK) throw wmk::refused("a tensor of rank " + std::to_string(rank) + ", expected at most 8");
@@ -94,14 +95,17 @@ class Scratch {
     const OrtMemoryInfo* where = nullptr;
     check(api().GetTensorMemoryInfo(beside, &where));
     check(api().KernelContext_GetAllocator(context, where, &allocator_));
-    if (OrtStatus* status = api().KernelContext_GetScratchBuffer(context, where, bytes, &data)) {
+    // Allocators promise less alignment than kernels are compiled for.
+    if (OrtStatus* status = api().KernelContext_GetScratchBuffer(context, where, bytes + wmk::SCRATCH_ALIGNMENT, &memory_)) {
       api().ReleaseAllocator(allocator_);
       check(status);
     }
+    const auto start = reinterpret_cast<uintptr_t>(memory_) + wmk::SCRATCH_ALIGNMENT - 1;
+    data = reinterpret_cast<void*>(start - start % wmk::SCRATCH_ALIGNMENT);
   }
   ~Scratch() {
     if (allocator_ == nullptr) return;
-    succeeds(api().AllocatorFree(allocator_, data));
+    succeeds(api().AllocatorFree(allocator_, memory_));
     api().ReleaseAllocator(allocator_);
   }
   Scratch(const Scratch&) = delete;
@@ -111,6 +115,7 @@ class Scratch {
 
  private:
   OrtAllocator* allocator_ = nullptr;
+  void* memory_ = nullptr;
 };
 
 }  // namespace

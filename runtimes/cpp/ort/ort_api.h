@@ -9,7 +9,8 @@
 
 namespace wm_ort {
 
-// The oldest API that has KernelContext_GetScratchBuffer, which allocates on the kernel's stream (ONNX Runtime 1.18). The header may be newer.
+// The oldest API that has KernelContext_GetScratchBuffer, which allocates on the kernel's stream (ONNX Runtime 1.18). The header may be
+// newer.
 constexpr uint32_t API_VERSION = 18;
 // Of OrtCustomOp: up to CreateKernelV2 and KernelComputeV2.
 constexpr uint32_t CUSTOM_OP_VERSION = 16;

@@ -5,19 +5,25 @@
 //     options.add_session_config_entry("wm.kernels", "model.bundle/kernels")
 //     options.register_custom_ops_library("libwm_kernels_onnxruntime.so")
 //
-// Folders and what was loaded of them are kept until the process ends: sessions that are opened again share them.
+// Where there is no CUDA, no op is registered and the bodies in the model run; with the session option `wm.kernels.required` = 1
+// registering fails then. Where there is, ONNX Runtime takes the ops' kernels and leaves bodies aside: a session without the CUDA execution
+// provider is then refused by ONNX Runtime, which names the node. Register the library for sessions with that provider alone. Folders and
+// what was loaded of them are kept until the process ends: sessions that are opened again share them.
 #include <array>
 #include <mutex>
 #include <stdexcept>
 
 #include "custom_op.h"
+#include "driver.h"
+#include "error.h"
 #include "folder.h"
 #include "ort_api.h"
 
 namespace wm_ort {
 namespace {
 
-constexpr const char* OPTION = "wm.kernels";
+constexpr const char* FOLDER = "wm.kernels";
+constexpr const char* REQUIRED = "wm.kernels.required";
 
 struct Domain {
   std::string folder;
@@ -26,16 +32,27 @@ struct Domain {
   OrtCustomOpDomain* domain;
 };
 
-std::string folder_of(const OrtSessionOptions* options) {
+// The option's text; empty where it is not set.
+std::string option(const OrtSessionOptions* options, const char* name) {
   int there = 0;
-  check(api().HasSessionConfigEntry(options, OPTION, &there));
-  if (there == 0) throw std::runtime_error(std::string("the session option ") + OPTION + " is not set; set it to the bundle's folder kernels/");
+  check(api().HasSessionConfigEntry(options, name, &there));
+  if (there == 0) return "";
   size_t size = 0;
-  check(api().GetSessionConfigEntry(options, OPTION, nullptr, &size));
-  std::string folder(size, '\0');
-  check(api().GetSessionConfigEntry(options, OPTION, folder.data(), &size));
-  folder.resize(size > 0 ? size - 1 : 0);
-  return folder;
+  check(api().GetSessionConfigEntry(options, name, nullptr, &size));
+  std::string text(size, '\0');
+  check(api().GetSessionConfigEntry(options, name, text.data(), &size));
+  text.resize(size > 0 ? size - 1 : 0);
+  return text;
+}
+
+bool has_cuda(const OrtSessionOptions* options) {
+  try {
+    wmk::driver();
+    return true;
+  } catch (const wmk::Error&) {
+    if (option(options, REQUIRED) == "1") throw;
+    return false;
+  }
 }
 
 OrtCustomOpDomain* domain_of(const std::string& folder) {
@@ -54,6 +71,14 @@ OrtCustomOpDomain* domain_of(const std::string& folder) {
   return domains->back().domain;
 }
 
+void add_ops(OrtSessionOptions* options) {
+  const std::string folder = option(options, FOLDER);
+  if (folder.empty())
+    throw std::runtime_error(std::string("the session option ") + FOLDER + " is not set; set it to the bundle's folder kernels/");
+  OrtCustomOpDomain* domain = domain_of(folder);  // damaged plans are refused with or without CUDA
+  if (has_cuda(options)) check(api().AddCustomOpDomain(options, domain));
+}
+
 }  // namespace
 }  // namespace wm_ort
 
@@ -64,5 +89,5 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
     return base->GetApi(1)->CreateStatus(ORT_FAIL, "wm_kernels: this ONNX Runtime is older than 1.18; install a newer one");
   }
   wm_ort::set_api(api);
-  return wm_ort::guarded("", [&] { wm_ort::check(api->AddCustomOpDomain(options, wm_ort::domain_of(wm_ort::folder_of(options)))); });
+  return wm_ort::guarded("", [&] { wm_ort::add_ops(options); });
 }

@@ -26,7 +26,8 @@ void check_tensor(const std::string& op, const Tensor& wanted, const wmk_tensor&
   for (int32_t i = 0; i < given.rank; ++i) {
     if (given.shape[i] < 0 || given.shape[i] > MAX_DIM || __builtin_mul_overflow(bytes, static_cast<size_t>(given.shape[i]), &bytes) ||
         bytes > MAX_BYTES) {
-      throw refused(op + ": " + wanted.name + " has shape " + shape_text(given) + ", expected dimensions from 0 to 2147483647 that fit memory");
+      throw refused(op + ": " + wanted.name + " has shape " + shape_text(given) +
+                    ", expected dimensions from 0 to 2147483647 that fit memory");
     }
   }
 }
@@ -72,7 +73,8 @@ std::string wanted_shape(const Entry& entry, const Tensor& wanted, const Symbols
     const Expression& dim = wanted.shape[axis];
     const bool unknown = dim.is_symbol() && symbols[static_cast<size_t>(dim.steps[0].value)] < 0;
     bool known = true;
-    for (const Step& step : dim.steps) known = known && (step.operation != Operation::symbol || symbols[static_cast<size_t>(step.value)] >= 0);
+    for (const Step& step : dim.steps)
+      known = known && (step.operation != Operation::symbol || symbols[static_cast<size_t>(step.value)] >= 0);
     text += axis ? ", " : "";
     text += unknown ? entry.symbols[static_cast<size_t>(dim.steps[0].value)] : known ? std::to_string(dim.evaluate(symbols.data())) : "?";
   }
@@ -100,7 +102,8 @@ Range range_of(const wmk_tensor& tensor) { return {reinterpret_cast<uintptr_t>(t
 
 void check_memory(const std::string& op, const Tensor& wanted, const wmk_tensor& given) {
   const Range range = range_of(given);
-  if (range.bytes > 0 && (range.begin == 0 || range.begin + range.bytes < range.begin)) throw refused(op + ": " + wanted.name + " has no memory");
+  if (range.bytes > 0 && (range.begin == 0 || range.begin + range.bytes < range.begin))
+    throw refused(op + ": " + wanted.name + " has no memory");
 }
 
 void check_apart(const std::string& op, const Tensor& a, const wmk_tensor& one, const Tensor& b, const wmk_tensor& other) {
@@ -161,8 +164,8 @@ wmk_layout layout_of(const Bound& bound, const Tensor& output) {
   for (size_t axis = 0; axis < output.shape.size(); ++axis) {
     layout.shape[axis] = output.shape[axis].evaluate(bound.symbols.data());
     if (layout.shape[axis] < 0 || layout.shape[axis] > MAX_DIM) {
-      throw refused(bound.entry->op + ": axis " + std::to_string(axis) + " of " + output.name + " would be " + std::to_string(layout.shape[axis]) +
-                    ", expected 0 to 2147483647");
+      throw refused(bound.entry->op + ": axis " + std::to_string(axis) + " of " + output.name + " would be " +
+                    std::to_string(layout.shape[axis]) + ", expected 0 to 2147483647");
     }
   }
   return layout;

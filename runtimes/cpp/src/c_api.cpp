@@ -102,7 +102,8 @@ wmk_status wmk_output_layouts(const wmk_op* op, const wmk_tensor* inputs, size_t
   return guarded([&] {
     need(op != nullptr && inputs != nullptr && outputs != nullptr, "wmk_output_layouts");
     if (output_count != wmk_output_count(op)) {
-      throw wmk::refused(op->op.entries[0]->op + " has " + std::to_string(wmk_output_count(op)) + " outputs, not " + std::to_string(output_count));
+      throw wmk::refused(op->op.entries[0]->op + " has " + std::to_string(wmk_output_count(op)) + " outputs, not " +
+                         std::to_string(output_count));
     }
     const std::vector<wmk_layout> layouts = wmk::output_layouts(op->op, inputs, input_count);
     std::copy(layouts.begin(), layouts.end(), outputs);

@@ -45,8 +45,8 @@ size_t architecture_of(const Library& library, const Device& device) {
   if (index >= 0) return static_cast<size_t>(index);
   std::string known;
   for (const std::string& name : library.plans.architectures) known += (known.empty() ? "" : ", ") + name;
-  throw unavailable("this device is sm_" + std::to_string(device.major) + std::to_string(device.minor) + ", the bundle's kernels are for " + known +
-                    "; export the bundle for it (--sm)");
+  throw unavailable("this device is sm_" + std::to_string(device.major) + std::to_string(device.minor) + ", the bundle's kernels are for " +
+                    known + "; export the bundle for it (--sm)");
 }
 
 size_t architecture_named(const Library& library, const char* name) {
@@ -78,7 +78,8 @@ size_t scratch_of(const Bound& bound, const Variant& variant, uint64_t* starts) 
   for (size_t i = 0; i < variant.scratch.size(); ++i) {
     const int64_t bytes = variant.scratch[i].evaluate(bound.symbols.data());
     if (bytes < 0 || static_cast<size_t>(bytes) > MAX_SCRATCH) {
-      throw refused(bound.entry->op + ": a scratch would have " + std::to_string(bytes) + " bytes; the dimensions of the call are too large");
+      throw refused(bound.entry->op + ": a scratch would have " + std::to_string(bytes) +
+                    " bytes; the dimensions of the call are too large");
     }
     if (starts != nullptr) starts[i] = total;
     total += aligned(static_cast<size_t>(bytes));
@@ -182,7 +183,8 @@ CuFunction function_of(const Library& library, size_t kernel, size_t architectur
   int capturing = CAPTURE_NONE;
   driver().check(driver().stream_is_capturing(stream, &capturing), "cuStreamIsCapturing");
   if (capturing != CAPTURE_NONE) {
-    throw refused(library.plans.kernels[kernel].id + " is not loaded, and loading cannot be captured; run the call once, or wmk_load, before");
+    throw refused(library.plans.kernels[kernel].id +
+                  " is not loaded, and loading cannot be captured; run the call once, or wmk_load, before");
   }
   return library.modules.load(kernel, architecture, device);
 }
@@ -196,8 +198,8 @@ void run(const Batch& batch, CuStream stream) {
     const Batch::One& one = batch.launch[i];
     // cuLaunchKernel reads the array; its type lacks the const.
     auto** parameters = const_cast<void**>(&batch.pointers[one.first]);
-    const CuResult result = d.launch_kernel(one.function, one.grid[0], one.grid[1], one.grid[2], one.threads, 1, 1, one.shared, stream, parameters,
-                                            nullptr);
+    const CuResult result =
+        d.launch_kernel(one.function, one.grid[0], one.grid[1], one.grid[2], one.threads, 1, 1, one.shared, stream, parameters, nullptr);
     d.check(result, "cuLaunchKernel");
   }
 }

@@ -13,8 +13,8 @@ namespace wmk {
 
 class Library {
  public:
-  explicit Library(const std::string& folder);                     // reads the folder's plans.json
-  Library(const std::string& folder, Plans plans);                 // of plans that are read already
+  explicit Library(const std::string& folder);      // reads the folder's plans.json
+  Library(const std::string& folder, Plans plans);  // of plans that are read already
   const std::string folder;
   const Plans plans;
   mutable Modules modules;
@@ -30,7 +30,8 @@ struct Op {
 Op find_op(const Library& library, const wmk_query& query);
 
 // What of `candidates` takes inputs of these dtypes; `what` names the op in the message.
-Op select_op(const Library& library, const std::vector<const Entry*>& candidates, const int32_t* dtypes, size_t count, const std::string& what);
+Op select_op(const Library& library, const std::vector<const Entry*>& candidates, const int32_t* dtypes, size_t count,
+             const std::string& what);
 
 std::vector<wmk_layout> output_layouts(const Op& op, const wmk_tensor* inputs, size_t input_count);
 size_t scratch_bytes(const Op& op, const wmk_call& call, const char* architecture);

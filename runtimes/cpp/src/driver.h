@@ -41,9 +41,9 @@ struct Driver {
   CuResult (*stream_is_capturing)(CuStream, int*);
   CuResult (*get_error_name)(CuResult, const char**);
   // Of newer drivers; null where there is none.
-  CuResult (*ctx_get_id)(CuContext, unsigned long long*);                     // CUDA 12.0
-  CuResult (*func_get_param_info)(CuFunction, size_t, size_t*, size_t*);      // CUDA 12.4
-  CuResult (*thread_exchange_stream_capture_mode)(int*);                      // CUDA 10.1
+  CuResult (*ctx_get_id)(CuContext, unsigned long long*);                 // CUDA 12.0
+  CuResult (*func_get_param_info)(CuFunction, size_t, size_t*, size_t*);  // CUDA 12.4
+  CuResult (*thread_exchange_stream_capture_mode)(int*);                  // CUDA 10.1
 
   // Throws Error (failed) unless the result is success. No text is made before.
   template <typename Text>

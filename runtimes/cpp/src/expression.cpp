@@ -11,7 +11,9 @@ namespace {
 
 constexpr int64_t LARGEST_POWER = int64_t{1} << 62;
 
-[[noreturn]] void overflow() { throw refused("an integer expression of the plan does not fit 64 bits; the dimensions of the call are too large"); }
+[[noreturn]] void overflow() {
+  throw refused("an integer expression of the plan does not fit 64 bits; the dimensions of the call are too large");
+}
 
 int64_t floor_divide(int64_t a, int64_t b) {
   if (b == 0) throw refused("an integer expression of the plan divides by zero");
@@ -67,9 +69,7 @@ int64_t Expression::evaluate(const int64_t* symbols) const {
       case Operation::constant: stack[height++] = step.value; break;
       case Operation::symbol: stack[height++] = symbols[step.value]; break;
       case Operation::power_of_two: stack[height - 1] = power_of_two(stack[height - 1]); break;
-      default:
-        --height;
-        stack[height - 1] = join(step.operation, stack[height - 1], stack[height]);
+      default: --height; stack[height - 1] = join(step.operation, stack[height - 1], stack[height]);
     }
   }
   return stack[0];

@@ -14,8 +14,8 @@ constexpr size_t MAX_STACK = MAX_EXPRESSION_DEPTH + 2;
 
 enum class Operation : uint8_t { constant, symbol, add, multiply, subtract, divide, modulo, minimum, maximum, power_of_two };
 
-// One step of a program in postfix order: push `value`, push symbol number `value`, replace the top of the stack by its power of two, or join
-// the two numbers on top. A sum of many is joined from the left, pair by pair, so that the stack is no deeper than the expression.
+// One step of a program in postfix order: push `value`, push symbol number `value`, replace the top of the stack by its power of two, or
+// join the two numbers on top. A sum of many is joined from the left, pair by pair, so that the stack is no deeper than the expression.
 struct Step {
   Operation operation;
   int64_t value;

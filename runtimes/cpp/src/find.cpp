@@ -61,7 +61,8 @@ bool agree(const Entry& a, const Entry& b) {
 
 }  // namespace
 
-Op select_op(const Library& library, const std::vector<const Entry*>& candidates, const int32_t* dtypes, size_t count, const std::string& what) {
+Op select_op(const Library& library, const std::vector<const Entry*>& candidates, const int32_t* dtypes, size_t count,
+             const std::string& what) {
   Op op{&library, {}};
   for (const Entry* entry : candidates) {
     if (takes(*entry, dtypes, count)) op.entries.push_back(entry);
@@ -69,17 +70,19 @@ Op select_op(const Library& library, const std::vector<const Entry*>& candidates
   if (op.entries.empty()) {
     std::vector<int32_t> known;
     for (const Tensor& input : candidates[0]->inputs) known.push_back(input.dtype);
-    throw refused(what + " has no entry for inputs of (" + dtypes_text(dtypes, count) + "), but for (" + dtypes_text(known.data(), known.size()) +
-                  "); export the bundle for these");
+    throw refused(what + " has no entry for inputs of (" + dtypes_text(dtypes, count) + "), but for (" +
+                  dtypes_text(known.data(), known.size()) + "); export the bundle for these");
   }
   for (const Entry* entry : op.entries) {
-    if (!agree(*entry, *op.entries[0])) throw damaged("plans.json: entries of " + what + " disagree in their outputs; export the bundle again");
+    if (!agree(*entry, *op.entries[0]))
+      throw damaged("plans.json: entries of " + what + " disagree in their outputs; export the bundle again");
   }
   return op;
 }
 
 Op find_op(const Library& library, const wmk_query& query) {
-  if (query.op == nullptr || (query.argument_count > 0 && query.arguments == nullptr) || (query.input_count > 0 && query.input_dtypes == nullptr)) {
+  if (query.op == nullptr || (query.argument_count > 0 && query.arguments == nullptr) ||
+      (query.input_count > 0 && query.input_dtypes == nullptr)) {
     throw refused("wmk_find got a null pointer for the op, its arguments or its dtypes");
   }
   std::vector<const Entry*> of_op;
@@ -91,7 +94,8 @@ Op find_op(const Library& library, const wmk_query& query) {
   }
   if (of_op.empty()) throw refused("the bundle's plans have no op " + in_quotes(query.op) + "; export it for a model that has");
   if (of_key.empty()) {
-    throw refused(std::string(query.op) + " has no entry for these arguments, but for " + keys_text(of_op) + "; export the bundle for these");
+    throw refused(std::string(query.op) + " has no entry for these arguments, but for " + keys_text(of_op) +
+                  "; export the bundle for these");
   }
   return select_op(library, of_key, query.input_dtypes, query.input_count, query.op);
 }

@@ -38,17 +38,20 @@ std::string read_all(const std::string& path, size_t most) {
   const File file(path);
   if (file.descriptor < 0) throw damaged(shown(path) + " cannot be opened: " + std::strerror(errno) + "; export the bundle again");
   struct stat status {};
-  if (::fstat(file.descriptor, &status) != 0 || !S_ISREG(status.st_mode)) throw damaged(shown(path) + " is no file; export the bundle again");
+  if (::fstat(file.descriptor, &status) != 0 || !S_ISREG(status.st_mode))
+    throw damaged(shown(path) + " is no file; export the bundle again");
   const auto size = static_cast<size_t>(status.st_size);
   if (size > most) {
-    throw damaged(shown(path) + " has " + std::to_string(size) + " bytes, expected at most " + std::to_string(most) + "; export the bundle again");
+    throw damaged(shown(path) + " has " + std::to_string(size) + " bytes, expected at most " + std::to_string(most) +
+                  "; export the bundle again");
   }
   std::string bytes(size, '\0');
   size_t done = 0;
   while (done < size) {
     const ssize_t count = ::read(file.descriptor, &bytes[done], size - done);
     if (count < 0 && errno == EINTR) continue;
-    if (count <= 0) throw damaged(shown(path) + " cannot be read: " + (count < 0 ? std::strerror(errno) : "it became shorter") + "; try again");
+    if (count <= 0)
+      throw damaged(shown(path) + " cannot be read: " + (count < 0 ? std::strerror(errno) : "it became shorter") + "; try again");
     done += static_cast<size_t>(count);
   }
   return bytes;
@@ -111,7 +114,8 @@ std::string read_cubin_file(const std::string& folder, const Cubin& cubin) {
     throw damaged(shown(path) + " has " + std::to_string(bytes.size()) + " bytes, expected " + std::to_string(cubin.size) +
                   "; copy or export the bundle again");
   }
-  if (sha256(bytes) != cubin.sha256) throw damaged(shown(path) + " is not the file that was exported (SHA-256); copy or export the bundle again");
+  if (sha256(bytes) != cubin.sha256)
+    throw damaged(shown(path) + " is not the file that was exported (SHA-256); copy or export the bundle again");
   return bytes;
 }
 

@@ -71,7 +71,8 @@ std::string in_quotes(const std::string& text) {
 
 static Json parsed(std::string_view text) {
   Limits limits;
-  if (!Json::sax_parse(text.begin(), text.end(), &limits)) throw damaged("plans.json holds " + limits.problem + "; export the bundle again");
+  if (!Json::sax_parse(text.begin(), text.end(), &limits))
+    throw damaged("plans.json holds " + limits.problem + "; export the bundle again");
   return Json::parse(text.begin(), text.end());
 }
 
@@ -110,7 +111,9 @@ std::vector<std::string> Place::keys() const {
   return keys;
 }
 
-Place Place::member(const std::string& name) const { return {value_->at(name), path_ + (path_.empty() ? "" : ".") + (is_name(name) ? name : in_quotes(name))}; }
+Place Place::member(const std::string& name) const {
+  return {value_->at(name), path_ + (path_.empty() ? "" : ".") + (is_name(name) ? name : in_quotes(name))};
+}
 
 Place Place::element(size_t index) const { return {value_->at(index), path_ + "[" + std::to_string(index) + "]"}; }
 
@@ -128,7 +131,8 @@ const Place& Place::object(std::initializer_list<const char*> members) const {
 }
 
 const Place& Place::map(size_t least, size_t most) const {
-  if (!is_object() || size() < least || size() > most) wrong("an object of " + std::to_string(least) + " to " + std::to_string(most) + " members");
+  if (!is_object() || size() < least || size() > most)
+    wrong("an object of " + std::to_string(least) + " to " + std::to_string(most) + " members");
   return *this;
 }
 

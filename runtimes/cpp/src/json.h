@@ -46,8 +46,8 @@ class Place {
   std::string path_;
 };
 
-// A text that was parsed; throws Error (damaged) where it is no JSON, or holds floats, duplicate members, or more depth, text or values than a plan
-// may.
+// A text that was parsed; throws Error (damaged) where it is no JSON, or holds floats, duplicate members, or more depth, text or values
+// than a plan may.
 class Document {
  public:
   explicit Document(std::string_view text);

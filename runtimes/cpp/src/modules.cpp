@@ -111,7 +111,8 @@ void Modules::prepare(const Kernel& kernel, const Cubin& cubin, CuFunction funct
     throw unavailable(kernel.id + " needs " + std::to_string(cubin.shared) + " bytes of shared memory, this device has " +
                       std::to_string(device.shared) + "; export the bundle for it (--sm)");
   }
-  d.check(d.func_set_attribute(function, FUNCTION_MAX_DYNAMIC_SHARED, static_cast<int>(cubin.shared)), "cuFuncSetAttribute of " + kernel.id);
+  d.check(d.func_set_attribute(function, FUNCTION_MAX_DYNAMIC_SHARED, static_cast<int>(cubin.shared)),
+          "cuFuncSetAttribute of " + kernel.id);
 }
 
 bool Modules::used() const {

@@ -22,7 +22,8 @@ class Modules {
   // The function where this context has loaded it, else null.
   CuFunction find(size_t kernel, const Device& device) const;
 
-  // Load it for an architecture of the plans; throws Error where the file is damaged or the driver refuses it, or it is not what the plans say.
+  // Load it for an architecture of the plans; throws Error where the file is damaged or the driver refuses it, or it is not what the plans
+  // say.
   CuFunction load(size_t kernel, size_t architecture, const Device& device);
 
   // Whether anything was loaded.

@@ -1,4 +1,5 @@
-// plans.json as typed data. Everything here was checked: indices are in range, names are resolved, every symbol is bound by some input's shape.
+// plans.json as typed data. Everything here was checked: indices are in range, names are resolved, every symbol is bound by some input's
+// shape.
 #pragma once
 
 #include <array>
@@ -24,8 +25,8 @@ constexpr size_t SCRATCH_ALIGNMENT = 256;
 
 struct Parameter {
   enum class Kind : uint8_t { pointer, int32, int64 } kind;
-  wmk_dtype dtype;     // of a pointer
-  int64_t multiple;    // the address or the integer is a multiple of it
+  wmk_dtype dtype;   // of a pointer
+  int64_t multiple;  // the address or the integer is a multiple of it
 };
 
 struct Cubin {

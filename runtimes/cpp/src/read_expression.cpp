@@ -14,14 +14,14 @@ struct Form {
 };
 
 const std::map<std::string, Form> FORMS = {
-    {"+", {Operation::add, 2, MAX_NODES}},      {"*", {Operation::multiply, 2, MAX_NODES}},  {"-", {Operation::subtract, 2, 2}},
-    {"//", {Operation::divide, 2, 2}},          {"%", {Operation::modulo, 2, 2}},            {"min", {Operation::minimum, 2, MAX_NODES}},
+    {"+", {Operation::add, 2, MAX_NODES}},       {"*", {Operation::multiply, 2, MAX_NODES}}, {"-", {Operation::subtract, 2, 2}},
+    {"//", {Operation::divide, 2, 2}},           {"%", {Operation::modulo, 2, 2}},           {"min", {Operation::minimum, 2, MAX_NODES}},
     {"max", {Operation::maximum, 2, MAX_NODES}}, {"pow2", {Operation::power_of_two, 1, 1}},
 };
 
 const std::map<std::string, Comparison> COMPARISONS = {
-    {"<", Comparison::less},           {"<=", Comparison::less_equal}, {"==", Comparison::equal},
-    {"!=", Comparison::not_equal},     {"%==", Comparison::congruent},
+    {"<", Comparison::less},       {"<=", Comparison::less_equal}, {"==", Comparison::equal},
+    {"!=", Comparison::not_equal}, {"%==", Comparison::congruent},
 };
 
 void append(const Place& place, const std::vector<std::string>& symbols, size_t depth, std::vector<Step>& steps) {

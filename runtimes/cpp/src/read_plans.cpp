@@ -41,7 +41,8 @@ bool is_lower_hex(const std::string& text) {
 // [a-z0-9_]+-[0-9a-f]{16}
 bool is_kernel_id(const std::string& text) {
   const size_t dash = text.find('-');
-  if (dash == std::string::npos || dash == 0 || dash > 200 || text.size() != dash + 17 || !is_lower_hex(text.substr(dash + 1))) return false;
+  if (dash == std::string::npos || dash == 0 || dash > 200 || text.size() != dash + 17 || !is_lower_hex(text.substr(dash + 1)))
+    return false;
   return std::all_of(text.begin(), text.begin() + static_cast<std::ptrdiff_t>(dash),
                      [](char c) { return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '_'; });
 }
@@ -72,7 +73,8 @@ Parameter read_parameter(const Place& place) {
   int64_t multiple = 1;
   if (colon != std::string::npos) {
     const std::string digits = text.substr(colon + 1);
-    const bool number = !digits.empty() && digits.size() <= 6 && digits[0] != '0' && digits.find_first_not_of("0123456789") == std::string::npos;
+    const bool number =
+        !digits.empty() && digits.size() <= 6 && digits[0] != '0' && digits.find_first_not_of("0123456789") == std::string::npos;
     if (!number) place.wrong("a divisor after the colon");
     multiple = std::strtol(digits.c_str(), nullptr, 10);
   }
@@ -287,7 +289,8 @@ class EntryReader {
     if (found == kernels_.end()) place.member("kernel").wrong("a kernel of the file");
     const Kernel& kernel = plans_.kernels[found->second];
     for (size_t i = 0; i < plans_.architectures.size(); ++i) {
-      if ((architectures >> i & 1) && kernel.cubins[i].file.empty()) place.member("kernel").wrong("a kernel for " + plans_.architectures[i]);
+      if ((architectures >> i & 1) && kernel.cubins[i].file.empty())
+        place.member("kernel").wrong("a kernel for " + plans_.architectures[i]);
     }
     Launch launch{found->second, {}, {}};
     const Place grid = place.member("grid").array(3, 3);
@@ -338,7 +341,8 @@ Plans read_plans(std::string_view text) {
   const Place architectures = file.member("architectures").array(1, MAX_ARCHITECTURES);
   for (size_t i = 0; i < architectures.size(); ++i) {
     const std::string& name = architectures.element(i).text();
-    if (!is_architecture(name) || index_of(plans.architectures, name) >= 0) architectures.element(i).wrong("an architecture once, as sm_90");
+    if (!is_architecture(name) || index_of(plans.architectures, name) >= 0)
+      architectures.element(i).wrong("an architecture once, as sm_90");
     plans.architectures.push_back(name);
   }
   const Place kernels = file.member("kernels").map(0, MAX_KERNELS);

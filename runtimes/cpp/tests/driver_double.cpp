@@ -20,9 +20,17 @@ constexpr int INVALID_IMAGE = 200;
 constexpr int INVALID_CONTEXT = 201;
 constexpr int NOT_FOUND = 500;
 constexpr int UNKNOWN = 999;
-constexpr const char* FUNCTIONS[] = {"cuCtxGetCurrent",     "cuDeviceGetAttribute", "cuModuleLoadData",  "cuModuleUnload",
-                                     "cuModuleGetFunction", "cuFuncGetAttribute",   "cuFuncSetAttribute", "cuStreamIsCapturing",
-                                     "cuMemcpyDtoDAsync",   "cuLaunchKernel",       "cuThreadExchangeStreamCaptureMode"};
+constexpr const char* FUNCTIONS[] = {"cuCtxGetCurrent",
+                                     "cuDeviceGetAttribute",
+                                     "cuModuleLoadData",
+                                     "cuModuleUnload",
+                                     "cuModuleGetFunction",
+                                     "cuFuncGetAttribute",
+                                     "cuFuncSetAttribute",
+                                     "cuStreamIsCapturing",
+                                     "cuMemcpyDtoDAsync",
+                                     "cuLaunchKernel",
+                                     "cuThreadExchangeStreamCaptureMode"};
 
 struct Function {
   std::string name;
@@ -73,8 +81,8 @@ Counter& counter(const char* name) {
 // Counts a call; true where it is the one that was told to fail.
 bool fails(Counter& one) { return one.calls.fetch_add(1) + 1 == one.fails_at.load(); }
 
-#define CALLED(function)                         \
-  static Counter& counted = counter(function);   \
+#define CALLED(function)                       \
+  static Counter& counted = counter(function); \
   if (fails(counted)) return UNKNOWN
 
 // Kernels that the double can run, on host memory: add(a, b, out, n), float32.

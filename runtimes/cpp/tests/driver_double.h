@@ -1,7 +1,8 @@
 // A double of libcuda.so.1 for tests: it hands out contexts, "loads" modules from bytes, records every call, and runs next to nothing.
 //
-// It has the SONAME of the real driver: a program that is linked to it, or has loaded it, gets it from dlopen("libcuda.so.1") too. A "cubin" is a
-// text, one line: `cubin <entry point> <bytes of each parameter>...`, which is what the double knows of parameters; anything else it refuses.
+// It has the SONAME of the real driver: a program that is linked to it, or has loaded it, gets it from dlopen("libcuda.so.1") too. A
+// "cubin" is a text, one line: `cubin <entry point> <bytes of each parameter>...`, which is what the double knows of parameters; anything
+// else it refuses.
 #ifndef WM_DRIVER_DOUBLE_H
 #define WM_DRIVER_DOUBLE_H
 

@@ -1,4 +1,4 @@
-"""Writes the digest into a plans.json that was edited by hand, and sizes and hashes of the cubins beside it: `python seal.py tests/golden`."""
+"""Writes digest, sizes and hashes into a plans.json that was edited by hand, from the cubins beside it: `python seal.py tests/golden`."""
 
 import hashlib
 import json

@@ -86,15 +86,18 @@ INSTANTIATE_TEST_SUITE_P(
         Fault{"\"schema\": 1", "\"schema\": 1, \"schema\": 1", "twice"}, Fault{"\"triton\": ", "\"triton_\": ", "a member triton"},
         Fault{"\"sm_80\",", "\"sm_80\", \"sm_80\",", "architectures[1]"}, Fault{"\"sm_80\",", "\"../x\",", "architectures[0]"},
         Fault{"\"sm_80/add-", "\"../sm_80/add-", "expected \"sm_80/add-0000000000000006.cubin\""},
-        Fault{"\"sm_80/add-", "\"/sm_80/add-", "expected \"sm_80/add-"}, Fault{"\"add-0000000000000006\": {", "\"../a-0000000000000006\": {", "an id"},
+        Fault{"\"sm_80/add-", "\"/sm_80/add-", "expected \"sm_80/add-"},
+        Fault{"\"add-0000000000000006\": {", "\"../a-0000000000000006\": {", "an id"},
         Fault{"\"shared\": 98304", "\"shared\": 232449", "expected an integer from 0 to 232448"},
         Fault{"\"shared\": 98304", "\"shared\": -1", "expected an integer from 0"}, Fault{"\"warps\": 1", "\"warps\": 33", "from 1 to 32"},
         Fault{"\"size\": 2", "\"size\": -2", "size is -2"}, Fault{"\"ptr:float32:16\"", "\"ptr:float32:8\"", "ptr:<dtype>:16"},
         Fault{"\"ptr:float32:16\"", "\"ptr:float31:16\"", "a dtype"}, Fault{"\"ptr:float32:16\"", "\"ptr:\"", "ptr:<dtype>"},
         Fault{"\"i32\"", "\"i32:0\"", "a divisor"}, Fault{"\"i32\"", "\"f32\"", "ptr:..., i32 or i64"},
-        Fault{"\"name\": \"add\"", "\"name\": \"a b\"", "a name"}, Fault{"\"op\": \"wm::scan\"", "\"op\": 3", "ops[0].op is 3, expected a text"},
+        Fault{"\"name\": \"add\"", "\"name\": \"a b\"", "a name"},
+        Fault{"\"op\": \"wm::scan\"", "\"op\": 3", "ops[0].op is 3, expected a text"},
         Fault{"\"symbols\": [\n    \"B\",\n    \"T\"", "\"symbols\": [\n    \"B\",\n    \"B\"", "symbols[1]"},
-        Fault{"\"symbols\": [\n    \"B\",\n    \"T\"", "\"symbols\": [\n    \"B\",\n    \"T\", \"U\"", "symbols that are dimensions of inputs"},
+        Fault{"\"symbols\": [\n    \"B\",\n    \"T\"", "\"symbols\": [\n    \"B\",\n    \"T\", \"U\"",
+              "symbols that are dimensions of inputs"},
         Fault{"\"name\": \"dt_BTH\"", "\"name\": \"x_BTHP\"", "ops[0].inputs[1].name"},
         Fault{"\"name\": \"dt_BTH\"", "\"name\": \"T\"", "a name that the entry has not used"},
         Fault{"\"alias\": \"state_BHNP\"", "\"alias\": \"dt_BTH\"", "an input of the output's dtype and shape"},
@@ -102,7 +105,8 @@ INSTANTIATE_TEST_SUITE_P(
         Fault{"\"alias\": \"v_BSP\"", "\"alias\": \"k_BSP\"", "an input that no other output shares"},
         Fault{"\"absent\": [\n    \"valid_B\"", "\"absent\": [\n    \"dt_BTH\"", "optional"},
         Fault{"\"absent\": [\n    \"valid_B\"", "\"absent\": [\n    \"gone\", \"valid_B\"", "inputs, no gone"},
-        Fault{"\"dt_BTH\": \"float32\",", "", "a dtype of dt_BTH"}, Fault{"\"dt_BTH\": \"float32\"", "\"dt_BTH\": \"float64\"", "a tensor of float32"},
+        Fault{"\"dt_BTH\": \"float32\",", "", "a dtype of dt_BTH"},
+        Fault{"\"dt_BTH\": \"float32\"", "\"dt_BTH\": \"float64\"", "a tensor of float32"},
         Fault{"\"kernel\": \"tokens-", "\"kernel\": \"nothing-", "a kernel of the file"},
         Fault{"\"arguments\": [\n        \"x_BTHP\",", "\"arguments\": [", "an array of 7"},
         Fault{"\"arguments\": [\n        \"x_BTHP\",", "\"arguments\": [\n        \"T\",", "a tensor that is there, or a scratch"},
@@ -112,7 +116,8 @@ INSTANTIATE_TEST_SUITE_P(
         Fault{"\"name\": \"step\"", "\"name\": \"spare\"", "a name that the entry has not used"},
         Fault{"\"float\": \"1e-06\"", "\"float\": \"1e-06x\"", "a decimal number"},
         Fault{"\"eps\": \"1e-06\"", "\"eps\": {\"float\": \"1e-06\"}", "an integer or a text"},
-        Fault{"\"activation\": \"silu\"", "\"activation\": \"\xff\"", "no JSON at byte"}, Fault{"\"schema\": 1", "\"schema\": 1,", "no JSON at byte"}));
+        Fault{"\"activation\": \"silu\"", "\"activation\": \"\xff\"", "no JSON at byte"},
+        Fault{"\"schema\": 1", "\"schema\": 1,", "no JSON at byte"}));
 
 TEST(Damage, depth_of_the_file_is_limited) {
   const Folder folder;

@@ -1,9 +1,8 @@
 // Expressions at the edges of int64. tests/test_native_kernels.py compares random ones with Python's integers.
-#include "expression.h"
-
 #include <gtest/gtest.h>
 
 #include "error.h"
+#include "expression.h"
 #include "json.h"
 #include "read_expression.h"
 
@@ -41,16 +40,16 @@ TEST(Expression, a_power_of_two_is_at_least_one_and_at_most_two_to_the_62) {
 }
 
 TEST(Expression, what_does_not_fit_int64_is_refused_and_never_wraps) {
-  for (const char* text : {R"(["+", 9223372036854775807, 1])", R"(["-", -9223372036854775808, 1])", R"(["*", 9223372036854775807, 2])",
-                           R"(["//", -9223372036854775808, -1])", R"(["+", 9223372036854775807, "T", -9])", R"(["//", "T", "Z"])",
-                           R"(["%", "T", "Z"])"}) {
+  for (const char* text :
+       {R"(["+", 9223372036854775807, 1])", R"(["-", -9223372036854775808, 1])", R"(["*", 9223372036854775807, 2])",
+        R"(["//", -9223372036854775808, -1])", R"(["+", 9223372036854775807, "T", -9])", R"(["//", "T", "Z"])", R"(["%", "T", "Z"])"}) {
     EXPECT_THROW(value(text), wmk::Error) << text;
   }
 }
 
 TEST(Expression, other_forms_are_refused) {
-  for (const char* text : {R"(["+", 1])", R"(["-", 1, 2, 3])", R"(["pow2", 1, 2])", R"(["/", 1, 2])", R"([1, 2])", R"("B")", "1.5", "null", "true",
-                           R"(["+"])", "[]", R"({"+": 1})", "9223372036854775808"}) {
+  for (const char* text : {R"(["+", 1])", R"(["-", 1, 2, 3])", R"(["pow2", 1, 2])", R"(["/", 1, 2])", R"([1, 2])", R"("B")", "1.5", "null",
+                           "true", R"(["+"])", "[]", R"({"+": 1})", "9223372036854775808"}) {
     EXPECT_THROW(value(text), wmk::Error) << text;
   }
 }

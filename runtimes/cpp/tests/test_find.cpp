@@ -38,9 +38,12 @@ TEST_F(Find, plain_arguments_are_taken_in_any_order_and_all_of_them_count) {
   Call call(library, "wm::scan", {{"activation", "silu", 0}, {"groups", nullptr, 1}});
   fill_scan(call, 1, 1, true);
   EXPECT_EQ(call.find(), WMK_OK) << wmk_last_error();
-  for (const std::vector<wmk_argument>& arguments : std::vector<std::vector<wmk_argument>>{
-           {}, {{"groups", nullptr, 1}}, {{"groups", nullptr, 2}, {"activation", "silu", 0}}, {{"groups", "1", 0}, {"activation", "silu", 0}},
-           {{"groups", nullptr, 1}, {"activation", "silu", 0}, {"k", nullptr, 8}}}) {
+  for (const std::vector<wmk_argument>& arguments :
+       std::vector<std::vector<wmk_argument>>{{},
+                                              {{"groups", nullptr, 1}},
+                                              {{"groups", nullptr, 2}, {"activation", "silu", 0}},
+                                              {{"groups", "1", 0}, {"activation", "silu", 0}},
+                                              {{"groups", nullptr, 1}, {"activation", "silu", 0}, {"k", nullptr, 8}}}) {
     Call other(library, "wm::scan", arguments);
     fill_scan(other, 1, 1, true);
     EXPECT_EQ(other.find(), WMK_REFUSED);

@@ -83,7 +83,10 @@ TEST_F(Launch, a_state_with_the_input_s_address_is_updated_in_place) {
 
 TEST_F(Launch, where_only_an_in_place_entry_is_the_state_is_copied_first_on_the_stream) {
   Call call(library, "wm::cache", {});
-  call.input(WMK_FLOAT32, {2, 3, 16}, X).input(WMK_FLOAT32, {2, 8, 16}, DT).input(WMK_FLOAT32, {2, 8, 16}, STATE).input(WMK_INT64, {2}, VALID);
+  call.input(WMK_FLOAT32, {2, 3, 16}, X)
+      .input(WMK_FLOAT32, {2, 8, 16}, DT)
+      .input(WMK_FLOAT32, {2, 8, 16}, STATE)
+      .input(WMK_INT64, {2}, VALID);
   call.output(WMK_FLOAT32, {2, 8, 16}, DT).output(WMK_FLOAT32, {2, 8, 16}, NEXT);  // k in place, v not
   ASSERT_EQ(call.find(), WMK_OK) << wmk_last_error();
   ASSERT_EQ(call.launch(5), WMK_OK) << wmk_last_error();
@@ -207,8 +210,11 @@ TEST_F(Launch, addresses_that_are_unaligned_missing_or_overlap_are_refused) {
 TEST_F(Launch, integers_beyond_32_bits_or_without_their_divisor_and_grids_too_large_are_refused_before_any_launch) {
   Folder edited;
   edited.edit("4294967296", "9223372036854775807");
-  edited.edit("\"arguments\": [\n        \"dt_BTH\",\n        \"step\",\n        \"valid_B\",\n        \"T\",\n        [\n         \"*\",\n         16",
-              "\"arguments\": [\n        \"dt_BTH\",\n        \"step\",\n        \"valid_B\",\n        \"T\",\n        [\n         \"*\",\n         15");
+  edited.edit(
+      "\"arguments\": [\n        \"dt_BTH\",\n        \"step\",\n        \"valid_B\",\n        \"T\",\n        [\n         \"*\",\n        "
+      " 16",
+      "\"arguments\": [\n        \"dt_BTH\",\n        \"step\",\n        \"valid_B\",\n        \"T\",\n        [\n         \"*\",\n        "
+      " 15");
   Library other(edited.path);
   ASSERT_EQ(other.status, WMK_OK) << wmk_last_error();
   {
@@ -228,7 +234,10 @@ TEST_F(Launch, integers_beyond_32_bits_or_without_their_divisor_and_grids_too_la
   {
     Call call(other, "wm::cache", {});
     const int64_t B = 65536;
-    call.input(WMK_FLOAT32, {B, 1, 16}, X).input(WMK_FLOAT32, {B, 1, 16}, DT).input(WMK_FLOAT32, {B, 1, 16}, STATE).input(WMK_INT64, {B}, VALID);
+    call.input(WMK_FLOAT32, {B, 1, 16}, X)
+        .input(WMK_FLOAT32, {B, 1, 16}, DT)
+        .input(WMK_FLOAT32, {B, 1, 16}, STATE)
+        .input(WMK_INT64, {B}, VALID);
     call.output(WMK_FLOAT32, {B, 1, 16}, DT).output(WMK_FLOAT32, {B, 1, 16}, STATE);
     ASSERT_EQ(call.find(), WMK_OK);
     EXPECT_EQ(call.launch(), WMK_REFUSED);
@@ -257,7 +266,8 @@ TEST_F(Launch, an_error_of_the_driver_is_named_and_a_module_that_fails_is_not_ke
   Call call(library, "wm::scan", SCAN_KEY);
   fill_scan(call, 3, 100, true);
   ASSERT_EQ(call.find(), WMK_OK);
-  for (const char* function : {"cuModuleLoadData", "cuModuleGetFunction", "cuFuncGetAttribute", "cuFuncSetAttribute", "cuStreamIsCapturing"}) {
+  for (const char* function :
+       {"cuModuleLoadData", "cuModuleGetFunction", "cuFuncGetAttribute", "cuFuncSetAttribute", "cuStreamIsCapturing"}) {
     double_fail(function, 1);
     EXPECT_EQ(call.launch(0, SCRATCH, 4096), WMK_FAILED) << function;
     expect_line(std::string(function));

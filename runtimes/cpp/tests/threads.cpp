@@ -1,5 +1,5 @@
-// Threads, each with its own stream and tensors, make many calls of ops of one library at once; every launch must be the one that a single thread
-// makes. Run it under ThreadSanitizer: `wm_kernels_threads THREADS CALLS`.
+// Threads, each with its own stream and tensors, make many calls of ops of one library at once; every launch must be the one that a single
+// thread makes. Run it under ThreadSanitizer: `wm_kernels_threads THREADS CALLS`.
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
@@ -17,7 +17,8 @@ namespace {
 bool as_expected(const double_launch& launch, uint64_t thread) {
   const uint64_t at = thread * 0x1000;
   const uint64_t expected[] = {X + at, DT + at, STATE + at, Y + at, STATE + at, 1, static_cast<uint64_t>(-4294967296), 0, 0};
-  return launch.grid[0] == 2 * thread && launch.context == 1 + thread % 2 && std::equal(std::begin(expected), std::end(expected), launch.values);
+  return launch.grid[0] == 2 * thread && launch.context == 1 + thread % 2 &&
+         std::equal(std::begin(expected), std::end(expected), launch.values);
 }
 
 }  // namespace
@@ -45,7 +46,8 @@ int main(int argc, char** argv) {
         if (call.launch(thread) != WMK_OK) ++failures;
         if (i % 100 == 0) {  // refusals of one thread are not seen by another
           call.outputs[0].dtype = WMK_FLOAT32;
-          if (call.launch(thread) != WMK_REFUSED || std::string(wmk_last_error()).find("y_BTHP is float32") == std::string::npos) ++failures;
+          if (call.launch(thread) != WMK_REFUSED || std::string(wmk_last_error()).find("y_BTHP is float32") == std::string::npos)
+            ++failures;
           call.outputs[0].dtype = WMK_BFLOAT16;
         }
       }
