@@ -12,7 +12,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --constraint constraints.txt
 PINS := pyproject.toml constraints.txt
 
-.PHONY: help demo test test-deep test-mutation lint format types contract check bench clean
+.PHONY: help demo test test-deep test-mutation cpp lint format types contract check bench clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -29,6 +29,9 @@ test-deep: .venv/.test ## the laws on 30,000 examples, other ones each round; re
 test-mutation: .venv/.test ## mutants of references and model against their tests; some 20 minutes of CPU; resumable
 	@$(PIP) --no-deps cosmic-ray parso attrs
 	@$(BIN)/python tests/mutation.py $(ARGS)
+
+cpp: ## libwm_kernels and the ONNX Runtime library in build/cpp, their tests, mutated plans and threads under sanitizers
+	@.ci/cpp
 
 lint: .venv/.test ## style: ruff check and ruff format
 	@$(BIN)/ruff check .
