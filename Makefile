@@ -14,7 +14,7 @@ PINS := pyproject.toml constraints.txt
 
 GPU_PYTHON ?= python3
 
-.PHONY: help demo test test-deep test-mutation test-gpu test-gpu-memory lint format types contract check bench clean
+.PHONY: help demo test test-deep test-mutation test-gpu test-gpu-memory cpp lint format types contract check bench clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -41,6 +41,9 @@ test-gpu-memory: ## compute-sanitizer's memcheck and racecheck on small calls of
 test-mutation: .venv/.test ## mutants of references and model against their tests; some 20 minutes of CPU; resumable
 	@$(PIP) --no-deps cosmic-ray parso attrs
 	@$(BIN)/python tests/mutation.py $(ARGS)
+
+cpp: ## libwm_kernels and the ONNX Runtime library in build/cpp, their tests, mutated plans and threads under sanitizers
+	@.ci/cpp
 
 lint: .venv/.test ## style: ruff check and ruff format
 	@$(BIN)/ruff check .
