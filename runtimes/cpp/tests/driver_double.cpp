@@ -7,6 +7,7 @@
 #include <iterator>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -54,6 +55,7 @@ struct State {
   std::mutex mutex;
   std::vector<std::unique_ptr<double_launch>> launches;
   std::vector<std::array<uint64_t, 4>> copies;
+  std::set<std::unique_ptr<Module>> loaded;  // of contexts that no one closed too
   std::atomic<int> major{9};
   std::atomic<int> minor{0};
   std::atomic<int> optin{232448};
@@ -188,14 +190,21 @@ EXPORT int cuModuleLoadData(wmk::CuModule* module, const void* image) {
   std::istringstream words(std::string(text, end));
   words >> made->function.name;
   for (size_t bytes = 0; words >> bytes;) made->function.bytes.push_back(bytes);
-  *module = reinterpret_cast<wmk::CuModule>(made.release());
+  *module = reinterpret_cast<wmk::CuModule>(made.get());
+  const std::lock_guard<std::mutex> lock(state().mutex);
+  state().loaded.insert(std::move(made));
   ++state().modules;
   return 0;
 }
 
 EXPORT int cuModuleUnload(wmk::CuModule module) {
   CALLED("cuModuleUnload");
-  delete reinterpret_cast<Module*>(module);
+  const std::lock_guard<std::mutex> lock(state().mutex);
+  for (auto one = state().loaded.begin(); one != state().loaded.end(); ++one) {
+    if (one->get() != reinterpret_cast<Module*>(module)) continue;
+    state().loaded.erase(one);
+    break;
+  }
   --state().modules;
   return 0;
 }
