@@ -7,9 +7,12 @@
 #include <iterator>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <sstream>
 #include <string>
 #include <vector>
+
+#include "driver.h"  // its types, so that sanitizers find one type of each function on both sides
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -52,6 +55,7 @@ struct State {
   std::mutex mutex;
   std::vector<std::unique_ptr<double_launch>> launches;
   std::vector<std::array<uint64_t, 4>> copies;
+  std::set<std::unique_ptr<Module>> loaded;  // of contexts that no one closed too
   std::atomic<int> major{9};
   std::atomic<int> minor{0};
   std::atomic<int> optin{232448};
@@ -150,13 +154,13 @@ EXPORT int double_copy_at(int64_t index, uint64_t* values) {
 
 EXPORT int cuInit(unsigned) { return 0; }
 
-EXPORT int cuCtxGetCurrent(void** context) {
+EXPORT int cuCtxGetCurrent(wmk::CuContext* context) {
   CALLED("cuCtxGetCurrent");
-  *context = reinterpret_cast<void*>(current);
+  *context = reinterpret_cast<wmk::CuContext>(current);
   return 0;
 }
 
-EXPORT int cuCtxGetId(void* context, unsigned long long* id) {
+EXPORT int cuCtxGetId(wmk::CuContext context, unsigned long long* id) {
   *id = reinterpret_cast<uint64_t>(context) + 1000;
   return 0;
 }
@@ -174,7 +178,7 @@ EXPORT int cuDeviceGetAttribute(int* value, int attribute, int) {
   return attribute == 75 || attribute == 76 || attribute == 97 ? 0 : INVALID_VALUE;
 }
 
-EXPORT int cuModuleLoadData(void** module, const void* image) {
+EXPORT int cuModuleLoadData(wmk::CuModule* module, const void* image) {
   CALLED("cuModuleLoadData");
   if (current == 0) return INVALID_CONTEXT;
   if (std::memcmp(image, "cubin ", 6) != 0) return INVALID_IMAGE;
@@ -186,47 +190,54 @@ EXPORT int cuModuleLoadData(void** module, const void* image) {
   std::istringstream words(std::string(text, end));
   words >> made->function.name;
   for (size_t bytes = 0; words >> bytes;) made->function.bytes.push_back(bytes);
-  *module = made.release();
+  *module = reinterpret_cast<wmk::CuModule>(made.get());
+  const std::lock_guard<std::mutex> lock(state().mutex);
+  state().loaded.insert(std::move(made));
   ++state().modules;
   return 0;
 }
 
-EXPORT int cuModuleUnload(void* module) {
+EXPORT int cuModuleUnload(wmk::CuModule module) {
   CALLED("cuModuleUnload");
-  delete static_cast<Module*>(module);
+  const std::lock_guard<std::mutex> lock(state().mutex);
+  for (auto one = state().loaded.begin(); one != state().loaded.end(); ++one) {
+    if (one->get() != reinterpret_cast<Module*>(module)) continue;
+    state().loaded.erase(one);
+    break;
+  }
   --state().modules;
   return 0;
 }
 
-EXPORT int cuModuleGetFunction(void** function, void* module, const char* name) {
+EXPORT int cuModuleGetFunction(wmk::CuFunction* function, wmk::CuModule module, const char* name) {
   CALLED("cuModuleGetFunction");
-  Module* loaded = static_cast<Module*>(module);
+  Module* loaded = reinterpret_cast<Module*>(module);
   if (loaded->function.name != name) return NOT_FOUND;
-  *function = &loaded->function;
+  *function = reinterpret_cast<wmk::CuFunction>(&loaded->function);
   return 0;
 }
 
-EXPORT int cuFuncGetParamInfo(void* function, size_t index, size_t* offset, size_t* bytes) {
-  const Function* one = static_cast<Function*>(function);
+EXPORT int cuFuncGetParamInfo(wmk::CuFunction function, size_t index, size_t* offset, size_t* bytes) {
+  const Function* one = reinterpret_cast<Function*>(function);
   if (index >= one->bytes.size()) return INVALID_VALUE;
   *offset = 8 * index;
   *bytes = one->bytes[index];
   return 0;
 }
 
-EXPORT int cuFuncGetAttribute(int* value, int attribute, void*) {
+EXPORT int cuFuncGetAttribute(int* value, int attribute, wmk::CuFunction) {
   CALLED("cuFuncGetAttribute");
   *value = state().threads;
   return attribute == 0 ? 0 : INVALID_VALUE;
 }
 
-EXPORT int cuFuncSetAttribute(void*, int attribute, int value) {
+EXPORT int cuFuncSetAttribute(wmk::CuFunction, int attribute, int value) {
   CALLED("cuFuncSetAttribute");
   state().shared = value;
   return attribute == 8 ? 0 : INVALID_VALUE;
 }
 
-EXPORT int cuStreamIsCapturing(void*, int* capturing) {
+EXPORT int cuStreamIsCapturing(wmk::CuStream, int* capturing) {
   CALLED("cuStreamIsCapturing");
   *capturing = state().capturing;
   return 0;
@@ -239,7 +250,7 @@ EXPORT int cuThreadExchangeStreamCaptureMode(int* mode) {
   return 0;
 }
 
-EXPORT int cuMemcpyDtoDAsync_v2(unsigned long long to, unsigned long long from, size_t bytes, void* stream) {
+EXPORT int cuMemcpyDtoDAsync_v2(unsigned long long to, unsigned long long from, size_t bytes, wmk::CuStream stream) {
   CALLED("cuMemcpyDtoDAsync");
   if (state().running != 0) std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes);
   const std::lock_guard<std::mutex> lock(state().mutex);
@@ -252,10 +263,10 @@ EXPORT int cuGetErrorName(int error, const char** name) {
   return 0;
 }
 
-EXPORT int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
-                          void* stream, void** parameters, void**) {
+EXPORT int cuLaunchKernel(wmk::CuFunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                          unsigned shared, wmk::CuStream stream, void** parameters, void**) {
   CALLED("cuLaunchKernel");
-  const Function* one = static_cast<Function*>(function);
+  const Function* one = reinterpret_cast<Function*>(function);
   if (one->context != current) return INVALID_CONTEXT;
   if (gx == 0 || gy == 0 || gz == 0 || gy > 65535 || gz > 65535) return INVALID_VALUE;
   ++state().launched;
