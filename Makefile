@@ -13,6 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet 
 PINS := pyproject.toml constraints.txt
 
 GPU_PYTHON ?= python3
+NATIVE := WM_NATIVE_TEST_KERNELS=build/native-kernels PYTHONPATH=.:kernels:export:runtimes:tests
 
 .PHONY: help demo test test-deep test-mutation test-gpu test-gpu-memory cpp lint format types contract check bench clean
 
@@ -30,13 +31,17 @@ test-deep: .venv/.test ## all kernels for three architectures, then the laws on 
 	@$(BIN)/python tests/triton_plans.py > build/triton_plans.jsonl
 	@$(BIN)/python tests/deep.py $(ARGS)
 
-test-gpu: ## the tests on a GPU, with GPU_PYTHON: an environment with a CUDA build of torch, triton, and the test tools
+test-gpu: ## the tests on a GPU, with GPU_PYTHON: an environment with a CUDA build of torch, triton, and the test tools; after make cpp
 	@$(GPU_PYTHON) -c 'import torch; raise SystemExit(None if torch.cuda.is_available() else "make test-gpu: no CUDA device for this torch")'
-	@$(GPU_PYTHON) -m pytest tests/test_cuda.py tests/test_triton_*.py $(ARGS)
+	@$(GPU_PYTHON) -m pytest tests/test_cuda.py tests/test_native_cuda.py tests/test_triton_*.py $(ARGS)
 
 test-gpu-memory: ## compute-sanitizer's memcheck and racecheck on small calls of every op, on a GPU
 	@compute-sanitizer --tool memcheck --error-exitcode 1 $(GPU_PYTHON) tests/sanitizer_calls.py
 	@compute-sanitizer --tool racecheck --error-exitcode 1 $(GPU_PYTHON) tests/sanitizer_calls.py
+	@rm -rf build/native-kernels
+	@$(NATIVE) $(GPU_PYTHON) tests/native_sanitizer_calls.py --compile
+	@$(NATIVE) compute-sanitizer --tool memcheck --error-exitcode 1 $(GPU_PYTHON) tests/native_sanitizer_calls.py
+	@$(NATIVE) compute-sanitizer --tool racecheck --error-exitcode 1 $(GPU_PYTHON) tests/native_sanitizer_calls.py
 
 test-mutation: .venv/.test ## mutants of references and model against their tests; some 20 minutes of CPU; resumable
 	@$(PIP) --no-deps cosmic-ray parso attrs

@@ -1,4 +1,4 @@
-"""Native plans launched in Triton's interpreter, by the names that their data has for tensors."""
+"""Native plans launched by Triton, by the names that their data has for tensors."""
 
 from functools import partial
 
@@ -8,7 +8,7 @@ from native_cases import F32, I64, declaration
 from wm_kernels.attention_rope.definition import attention_rope_reference
 from wm_kernels.native import Call, Use, shape_of
 from wm_kernels.scored_attention.definition import scored_attention_reference
-from wm_kernels.triton_launch import run
+from wm_kernels.triton_launch import architecture, run
 
 B, S, H, K, P, F = 2, 48, 4, 2, 16, 6
 SIZES = {"B": B, "S": S, "H": H, "K": K, "P": P, "F": F, "A": 4, "C": (H + 2 * K) * P}
@@ -46,16 +46,18 @@ def _call(op, plain, T, dtype, reference):
 
 
 def launched(use, given):
-    """The outputs of the op's launches on copies of the state."""
+    """The outputs of the op's launches on copies of the state, in Triton's interpreter or on a GPU, where the tensors are."""
     declared, plain = declaration(use.op), dict(use.plain)
-    sizes = dict(use.sizes) | dict(declared.sizes(plain))
-    call = Call(sizes, dict(use.dtypes), plain, "interpreter", True)
+    device = next(iter(given.values())).device
+    found = {letter: size for name, value in given.items() for letter, size in zip(name.rsplit("_", 1)[1], value.shape, strict=True)}
+    sizes = found | dict(declared.sizes(plain))
+    call = Call(sizes, dict(use.dtypes), plain, architecture(device), True)
     plan = declared.plan(call)
     tensors = {name: value.clone() for name, value in given.items()}
     outputs = []
     for output in declared.outputs:
         like = call.dtypes[output.like] if isinstance(output.like, str) else output.like
-        fresh = torch.empty(shape_of(output.name, sizes), dtype=like)
+        fresh = torch.empty(shape_of(output.name, sizes), dtype=like, device=device)
         outputs.append(tensors.setdefault(output.name, tensors.get(output.alias, fresh)))
     names = {value for launch in plan.launches for value in launch.arguments if isinstance(value, str)} - set(plan.scratch)
     run(plan, {name: tensors[declared.name(name, call)] for name in names})

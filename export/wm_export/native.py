@@ -63,9 +63,19 @@ def write_native(
     Raises:
         ExportError: a plan cannot be traced, or a kernel does not compile or cannot travel; the line names the op.
     """
+    return write_uses(uses_of(program), capabilities, folder, tell, processes)
+
+
+def write_uses(
+    uses: Sequence[Use],
+    capabilities: Sequence[int],
+    folder: Path,
+    tell: Callable[[float], None] | None = None,
+    processes: int | None = None,
+) -> dict[str, Any]:
+    """`write_native` of any uses of ops, whatever graph they are from."""
     check_architectures(capabilities)
     architectures = [f"sm_{capability}" for capability in sorted(set(capabilities))]
-    uses = uses_of(program)
     entries, without = _entries(uses, architectures)
     wanted = _kernels(entries)
     made = compile_kernels(list(wanted), processes, None if tell is None else lambda done: tell(done / len(wanted)))
