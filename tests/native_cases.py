@@ -117,9 +117,10 @@ def eager_call(use: Use, given: dict[str, torch.Tensor], in_place: bool) -> list
 
             return [expert_mix_triton(*given.values(), plain["activation"], plain["weight_inside"])]
         case "moe_mix":
-            from wm_kernels.moe_mix.triton_op import moe_mix_picks
+            from wm_kernels.moe_mix.triton_op import moe_mix_picks, moe_mix_tiles
 
-            return [moe_mix_picks(*map(get, declaration("moe_mix").inputs), plain["activation"], plain["gated"])]
+            call = moe_mix_picks if given["expert_Mk"].numel() <= given["in_EFD"].shape[0] else moe_mix_tiles
+            return [call(*map(get, declaration("moe_mix").inputs), plain["activation"], plain["gated"])]
         case "selective_scan":
             from wm_kernels.selective_scan.triton_op import selective_scan_triton
 

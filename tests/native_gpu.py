@@ -47,7 +47,7 @@ def compiled(folder: Path) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "plans.json").is_file():  # written last
             folder.mkdir(exist_ok=True)
-            write_uses([use_of(*case) for case in CASES], [capability()], folder, rows=False)  # odd widths are among them
+            write_uses([use_of(*case) for case in CASES], [capability()], folder)
     return folder
 
 

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 NARROW = {"selective_scan_kernel", "selective_scan_carry_kernel"}  # a thread has a channel, its neighbour the next
 NARROW |= {"router_topk_kernel"}  # 64 logits of a token are two for each thread of a warp
 NARROW |= {"prepare"}  # without a rotation it reads steps alone
+NARROW |= {"moe_count_kernel", "moe_offset_kernel", "moe_sort_kernel"}  # a thread has a pick
 NARROW |= {"rank_candidates", "live_at_chunks", "list_live_keys"}  # scores of a head lie as far apart as there are heads
 
 

@@ -153,6 +153,44 @@ def test_moe_mix_of_few_tokens(dtype, gated, bias, activation):
     assert torch.equal(y[1:2], moe_mix_picks(x[1:2], expert[1:2], weight[1:2], *matrices, activation, gated))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("M", "E", "D", "I", "k", "picked"),
+    [
+        (13, 5, 40, 11, 2, "any"),
+        (9, 3, 16, 33, 3, "one"),  # all tokens meet one expert, three times each
+        (40, 3, 24, 16, 7, "few"),  # several segments of picks, and experts that nobody picks
+        (1, 1, 8, 8, 2, "any"),
+    ],
+)
+@pytest.mark.parametrize(("gated", "bias", "activation"), [(True, False, "silu"), (False, True, "gelu"), (True, True, "silu")])
+def test_moe_mix_of_many_tokens(dtype, M, E, D, I, k, picked, gated, bias, activation):
+    from wm_kernels.moe_mix.triton_op import moe_mix_tiles
+
+    g, F = seeded(), 2 * I if gated else I
+    shapes = (E, F, D), (E, F) if bias else None, (E, D, I), (E, D) if bias else None
+    matrices = tuple(None if shape is None else scattered(random(g, *shape, dtype=dtype), seed) for seed, shape in enumerate(shapes))
+    x, weight = scattered(random(g, M, D, dtype=dtype), 7), torch.rand((M, k), generator=g).to(DEVICE, dtype)
+    expert = torch.randint({"any": 0, "one": E - 1, "few": E - 2}[picked], E, (M, k), generator=g).to(DEVICE)
+    y = moe_mix_tiles(x, expert, weight, *matrices, activation, gated)
+    check("moe_mix", dtype, y, moe_mix_reference(*wide((x, expert, weight, *matrices)), activation, gated))
+    assert torch.equal(y, moe_mix_tiles(x, expert, weight, *matrices, activation, gated))
+
+
+@pytest.mark.parametrize(("N", "E"), [(1, 1), (255, 3), (256, 8), (700, 5), (1100, 40), (300, 5000)])
+def test_picks_are_sorted_by_expert_and_stay_in_their_order(N, E):
+    from wm_kernels.moe_mix.plan import SEGMENT, sort_plan
+    from wm_kernels.triton_launch import run
+    from wm_kernels.triton_support import blocks
+
+    expert = torch.randint(0, E, (N,), generator=seeded()).to(DEVICE)
+    expert[::3] = E // 2
+    count, end, pick = (torch.full(shape, -7, dtype=torch.int32, device=DEVICE) for shape in ((blocks(N, SEGMENT), E), (E,), (N,)))
+    run(sort_plan(N, E), {"expert_N": expert, "count": count, "end": end, "pick": pick})
+    assert torch.equal(pick.long(), expert.argsort(stable=True))
+    assert torch.equal(end.long(), torch.bincount(expert, minlength=E).cumsum(0))
+
+
 @pytest.mark.skipif(not ON_CUDA, reason="torch's grouped product of bfloat16 runs on CUDA alone")
 @pytest.mark.parametrize(("M", "E", "D", "I", "k"), [(70, 8, 64, 48, 2), (33, 60, 16, 8, 4), (200, 4, 32, 24, 4)])
 @pytest.mark.parametrize(("gated", "bias"), [(True, False), (False, True), (True, True)])

@@ -138,7 +138,7 @@ def expert_mix(dtype: torch.dtype, arch: str) -> Plans:
 
 
 def moe_mix(dtype: torch.dtype, arch: str) -> Plans:
-    from wm_kernels.moe_mix.plan import combine_plan, hidden_plan, picks_plan
+    from wm_kernels.moe_mix.plan import combine_plan, hidden_plan, picks_plan, tiles_plan
 
     names = dict.fromkeys(("inner_NF", "in_bias_EF", "hidden_NI", "out_ND", "out_bias_ED", "weight_Mk", "y_MD"), dtype)
     names |= dict.fromkeys(("x_MD", "weight_N", "in_EFD", "out_EDI"), dtype) | dict.fromkeys(("expert_N", "expert_Mk", "place_Mk"), I64)
@@ -146,6 +146,8 @@ def moe_mix(dtype: torch.dtype, arch: str) -> Plans:
     yield combine_plan(16384, 8, 2048, dtype, True, arch), names
     strides = (1024 * 2048, 2048), (2048 * 512, 512), (1024, 2048)
     yield picks_plan(4, 2, 2048, 512, dtype, True, (True, True), "silu", 2048, *strides, arch), names
+    for M in (64, 4096):
+        yield tiles_plan(M, 2, 8, 2048, 512, dtype, True, (True, True), "silu", 2048, *strides, arch), names
 
 
 FUNCTIONS = (

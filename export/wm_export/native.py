@@ -72,12 +72,8 @@ def write_uses(
     folder: Path,
     tell: Callable[[float], None] | None = None,
     processes: int | None = None,
-    rows: bool = True,
 ) -> dict[str, Any]:
-    """`write_native` of any uses of ops, whatever graph they are from.
-
-    `rows`: whether kernels that read rows by less than 16 bytes a thread are refused; widths that are no multiples of 16 lead to such.
-    """
+    """`write_native` of any uses of ops, whatever graph they are from."""
     check_architectures(capabilities)
     architectures = [f"sm_{capability}" for capability in sorted(set(capabilities))]
     entries, without = _entries(uses, architectures)
@@ -85,7 +81,7 @@ def write_uses(
     made = compile_kernels(list(wanted), processes, None if tell is None else lambda done: tell(done / len(wanted)))
     for compiled in made:
         declared = wanted[compiled.kernel, compiled.architecture]
-        check_kernel(compiled, declared.rows if rows else {}, declared.op)
+        check_kernel(compiled, declared.rows, declared.op)
     kernels = _write_kernels(made, folder)
     (folder / FILE).write_text(text_of(document(entries, kernels, architectures, _triton_version())), encoding="utf-8")
     served = sorted({entry.use.op for entry in entries})

@@ -9,7 +9,7 @@ import torch
 from wm_export.native_compile import Compiled
 from wm_graph.errors import ExportError
 from wm_kernels.cubin import CubinError, architecture_of
-from wm_kernels.native import Kernel, Rows
+from wm_kernels.native import DIVISOR, Kernel, Rows
 
 SHARED = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376, 121: 101376}  # bytes
 MOST_THREADS = 1024
@@ -67,8 +67,8 @@ def _wrong_target(compiled: Compiled) -> Iterator[str]:
 
 
 def wide_reads_meant(kernel: Kernel, rows: Rows) -> bool:
-    """Whether rows are whole pieces of 16 bytes, and tiles large enough for every thread to have one."""
+    """Whether rows are whole pieces of 16 bytes, and seen to be by strides of 16 entries, and tiles large enough for all threads."""
     constants = dict(kernel.constants)
     sizes = [getattr(torch, parameter.split(":")[1]).itemsize for parameter in kernel.parameters if parameter.startswith("ptr:")]
     each = WIDE // min(size for size in sizes if size > 1) if sizes else WIDE
-    return constants[rows.width] % each == 0 and prod(constants[name] for name in rows.tile) >= kernel.warps * 32 * each
+    return constants[rows.width] % max(each, DIVISOR) == 0 and prod(constants[name] for name in rows.tile) >= kernel.warps * 32 * each

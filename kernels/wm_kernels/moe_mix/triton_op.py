@@ -1,15 +1,18 @@
-"""`moe_mix` by torch's grouped matrix product, with Triton kernels between and after; of few tokens by Triton kernels alone.
+"""`moe_mix` by torch's grouped matrix product, with Triton kernels between and after, or by Triton kernels alone.
 
 M tokens   k picks   N = M k picks, sorted by expert   D model   E experts   I inner width   F rows of an expert's input matrix
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from wm_kernels.moe_mix.definition import moe_mix_reference
-from wm_kernels.moe_mix.plan import combine_plan, hidden_plan, picks_plan
+from wm_kernels.moe_mix.plan import combine_plan, hidden_plan, picks_plan, tiles_plan
 from wm_kernels.numerics import exact
-from wm_kernels.triton_launch import architecture, run, strides
+from wm_kernels.triton_launch import Plan, architecture, run, strides
 from wm_kernels.triton_support import inner_contiguous, rows_of
 
 MOST_GROUPS = 1023  # of torch's grouped product
@@ -44,6 +47,8 @@ def moe_mix_triton(
         run = moe_mix_picks
     elif serves_grouped(x_MD, out_EDI):
         run = moe_mix_grouped
+    elif x_MD.dtype != torch.float32:  # whose products tensor cores do not have
+        run = moe_mix_tiles
     return run(x_MD, expert_Mk, weight_Mk, in_EFD, in_bias_EF, out_EDI, out_bias_ED, activation, gated)
 
 
@@ -102,6 +107,41 @@ def moe_mix_picks(
 
     A token's bits do not depend on the tokens beside it. Tensors whose last axis is not contiguous are copied first.
     """
+    return _by_kernels(picks_plan, x_MD, expert_Mk, weight_Mk, in_EFD, in_bias_EF, out_EDI, out_bias_ED, activation, gated)
+
+
+def moe_mix_tiles(
+    x_MD: Tensor,
+    expert_Mk: Tensor,
+    weight_Mk: Tensor,
+    in_EFD: Tensor,
+    in_bias_EF: Tensor | None,
+    out_EDI: Tensor,
+    out_bias_ED: Tensor | None,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    """See `moe_mix_reference`; float32, float16 or bfloat16. Picks are sorted by expert; tiles of them meet its matrices.
+
+    The hidden layer is rounded to the dtype of x after `act`, as are a token's summands (but in float16). Nothing waits for the device,
+    and a call has the same bits each time. Tensors whose last axis is not contiguous are copied first.
+    """
+    made = partial(tiles_plan, E=in_EFD.shape[0])
+    return _by_kernels(made, x_MD, expert_Mk, weight_Mk, in_EFD, in_bias_EF, out_EDI, out_bias_ED, activation, gated)
+
+
+def _by_kernels(
+    plan: Callable[..., Plan],
+    x_MD: Tensor,
+    expert_Mk: Tensor,
+    weight_Mk: Tensor,
+    in_EFD: Tensor,
+    in_bias_EF: Tensor | None,
+    out_EDI: Tensor,
+    out_bias_ED: Tensor | None,
+    activation: str,
+    gated: bool,
+) -> Tensor:
     (M, k), (_, D, I) = expert_Mk.shape, out_EDI.shape
     (x_MD, x_stride), in_EFD, out_EDI = rows_of(x_MD), inner_contiguous(in_EFD), inner_contiguous(out_EDI)
     y_MD = torch.empty(x_MD.shape, dtype=x_MD.dtype, device=x_MD.device)
@@ -117,20 +157,20 @@ def moe_mix_picks(
         "out_bias_ED": out_bias,
         "y_MD": y_MD,
     }
-    made = picks_plan(
-        M,
-        k,
-        D,
-        I,
-        x_MD.dtype,
-        gated,
-        (in_bias_EF is not None, out_bias_ED is not None),
-        activation,
-        x_stride,
-        _outer(in_EFD),
-        _outer(out_EDI),
-        (strides(in_bias)[0], strides(out_bias)[0]),
-        architecture(x_MD.device),
+    made = plan(
+        M=M,
+        k=k,
+        D=D,
+        I=I,
+        dtype=x_MD.dtype,
+        gated=gated,
+        biases=(in_bias_EF is not None, out_bias_ED is not None),
+        activation=activation,
+        x_stride=x_stride,
+        in_strides=_outer(in_EFD),
+        out_strides=_outer(out_EDI),
+        bias_strides=(strides(in_bias)[0], strides(out_bias)[0]),
+        arch=architecture(x_MD.device),
     )
     run(made, tensors)
     return y_MD
