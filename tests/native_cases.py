@@ -135,6 +135,12 @@ def eager_call(use: Use, given: dict[str, torch.Tensor], in_place: bool) -> list
 
             caches = given["cache_k_BKSP"], given["cache_v_BKSP"]
             return [attend_triton(given["q_BTHP"], *caches, given["position_B"], new=(given["k_BTKP"], given["v_BTKP"])), *caches]
+        case "attention_rope":
+            from wm_kernels.attention_rope.triton_op import attend_packed_triton
+
+            caches = given["cache_k_BKSP"], given["cache_v_BKSP"]
+            angles = given["cos_BTF"], given["sin_BTF"]
+            return [attend_packed_triton(given["qkv_BTC"], *angles, *caches, given["position_B"], plain["n_head"]), *caches]
         case "scored_attention":
             from wm_kernels.attention.triton_op import attend_triton
 

@@ -34,7 +34,6 @@ pytestmark = [
 
 if find_spec("triton") is not None:
     from native_gpu import CASES, SIZES, LibraryCall, compiled, copied, filled_memory, named_folder, same, values_of
-    from native_launches import launched
 
     NAMES = [f"{op}-{index}-{dtype}" for op, index, dtype in CASES]
 else:
@@ -65,8 +64,6 @@ def _no_products(monkeypatch):
 
 
 def eager(use, given, in_place):
-    if use.op == "attention_rope":
-        return launched(use, given)
     if use.op == "scored_attention":  # eager's scores are torch's to write
         T = given["score_BTA"].shape[1]
         for score_TA, cells_AS, position in zip(given["score_BTA"], given["cache_score_BAS"], given["position_B"].tolist(), strict=True):

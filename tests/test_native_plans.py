@@ -89,7 +89,7 @@ def check_same(launches, scratch, kernels, plan, tensors, named):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize(("op", "index"), [case for case in CASES if case[0] != "attention_rope"])
+@pytest.mark.parametrize(("op", "index"), CASES)
 def test_what_the_data_says_is_launched_is_what_eager_launches(op, index, dtype, noted):
     entries, plans = entries_and_plans(op, index, dtype)
     kernels = {launch.kernel.id: launch.kernel for one in entries for _, variant in one.variants for launch in variant.launches}
@@ -108,30 +108,6 @@ def test_what_the_data_says_is_launched_is_what_eager_launches(op, index, dtype,
                     launches = launches[1:]
                 ((plan, tensors),) = ran
                 check_same(launches, scratch, kernels, plan, tensors, named)
-
-
-@pytest.mark.parametrize("index", range(2))
-def test_packed_attention_is_what_its_plan_says(index):
-    from wm_kernels.attention_rope.plan import plan
-
-    dtype = torch.bfloat16
-    (entry,), plans = entries_and_plans("attention_rope", index, dtype)
-    kernels = {launch.kernel.id: launch.kernel for _, variant in entry.variants for launch in variant.launches}
-    plain, fixed = dict(entry.use.plain), dict(entry.use.sizes)
-    H, K, P, F = plain["n_head"], plain["n_kv_head"], plain["head_dim"], fixed["F"]
-    for architecture in ARCHITECTURES:
-        for sizes in drawn(f"{index} {architecture}", DRAWS):
-            B, T, S = sizes["B"], sizes["T"], sizes["S"]
-            cells = (K * S * P, P, S * P, 1)
-            strides = {"qkv": (T * fixed["C"], fixed["C"], 1), "cos": (T * F, F, 1), "sin": (T * F, F, 1), "k": cells, "v": cells}
-            made = plan(B, T, H, K, P, F, S, dtype, architecture, tuple(strides.items()))
-            given = tensors_of(entry.use, sizes)
-            out = torch.empty((B, T, H * P), dtype=dtype, device="meta")
-            named = given | {"out_BTE": out, "next_k_BKSP": given["cache_k_BKSP"], "next_v_BKSP": given["cache_v_BKSP"]}
-            tensors = {name.rsplit("_", 1)[0]: tensor for name, tensor in given.items()}
-            tensors |= {"k": given["cache_k_BKSP"], "v": given["cache_v_BKSP"], "out": out}
-            launches, scratch = call(plans, entry.use, given, architecture, True)
-            check_same(launches, scratch, kernels, made, tensors, named)
 
 
 @pytest.mark.parametrize(("op", "index"), CASES)

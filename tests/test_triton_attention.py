@@ -12,6 +12,7 @@ import torch
 from triton_support import DEVICE, DTYPES, ON_CUDA, check, needs_triton, random, scattered, wide
 from wm_kernels import numerics
 from wm_kernels.attention.definition import attention_reference
+from wm_kernels.attention_rope.definition import attention_rope_reference
 from wm_kernels.keep_window_attention.definition import keep_window_attention_reference
 from wm_kernels.scored_attention.definition import scored_attention_reference
 
@@ -406,3 +407,80 @@ def test_the_last_configurations_serve_every_architecture(op):
     for regime in {row["regime"] for row in rows}:
         last = [row for row in rows if row["regime"] == regime][-1]
         assert set(last) == {"regime", "values"}
+
+
+def packed(g, B, T, H, K, P, F, S, dtype):
+    """A packed projection, angles and caches."""
+    qkv, angle = random(g, B, T, (H + 2 * K) * P, dtype=dtype), random(g, B, T, F)
+    return qkv, angle.cos(), angle.sin(), random(g, B, K, S, P, dtype=dtype), random(g, B, K, S, P, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("T", "H", "K", "P", "F", "S", "position"),
+    [
+        (1, 4, 2, 16, 8, 40, [0, 39]),
+        (7, 3, 1, 12, 4, 40, [33, 5]),  # some entries of a head are not rotated
+        (21, 2, 2, 20, 10, 40, [0, 19]),
+        *([(1, 16, 4, 128, 64, 5000, [4999, 17]), (700, 16, 4, 64, 32, 3000, [0, 2300])] if ON_CUDA else []),
+    ],
+)
+@pytest.mark.parametrize("strided", [False, True])
+def test_attention_from_a_packed_projection(dtype, T, H, K, P, F, S, position, strided):
+    from wm_kernels.attention_rope.triton_op import attend_packed_triton
+
+    qkv, cos, sin, *caches = packed(seeded(T), len(position), T, H, K, P, F, S, dtype)
+    position = torch.tensor(position, device=DEVICE)
+    expected = attention_rope_reference(*wide((qkv, cos, sin, *caches)), position, None, H, K, P)
+    if strided:
+        qkv, cos, sin, *caches = (scattered(tensor, seed) for seed, tensor in enumerate((qkv, cos, sin, *caches)))
+    before = [cache.clone() for cache in caches]
+    out = attend_packed_triton(qkv, cos, sin, *caches, position, H)
+    check("attention_rope", dtype, out, expected[0])
+    cell = torch.arange(S, device=DEVICE)
+    written = (cell >= position[:, None]) & (cell < position[:, None] + T)
+    for cache, after, was in zip(caches, expected[1:], before, strict=True):
+        check("attention_rope", dtype, cache.transpose(1, 2)[written], after.transpose(1, 2)[written])
+        assert torch.equal(cache.transpose(1, 2)[~written], was.transpose(1, 2)[~written])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exact_attention_from_a_packed_projection_has_the_same_bits_for_every_split(dtype):
+    from wm_kernels.attention_rope.triton_op import attend_packed_triton
+
+    B, T, H, K, P, F, S = (2, 300, 8, 2, 64, 32, 2500) if ON_CUDA else (1, 9, 4, 2, 16, 6, 75)
+    qkv, cos, sin, *caches = packed(seeded(), B, T, H, K, P, F, S, dtype)
+    position = torch.full((B,), S - T - 8, device=DEVICE)
+
+    def attend(sizes):
+        leaves, outs, seen = [cache.clone() for cache in caches], [], 0
+        for part in zip(*(x.split(sizes, 1) for x in (qkv, cos, sin)), strict=True):
+            outs.append(exactly(attend_packed_triton, *part, *leaves, position + seen, H))
+            seen += part[0].shape[1]
+        return [torch.cat(outs, 1), *leaves]
+
+    whole = attend([T])
+    for sizes in ([1] * T, [T // 2, 1, T - T // 2 - 1]):
+        assert all(torch.equal(one, other) for one, other in zip(attend(sizes), whole, strict=True))
+
+
+@pytest.mark.skipif(not ON_CUDA, reason="the op launches kernels on CUDA alone")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_rope_is_its_kernels_on_cuda(dtype, monkeypatch):
+    import wm_kernels as wm
+    from wm_kernels.attention_rope import triton_op
+
+    H, K, P = 4, 2, 16
+    qkv, cos, sin, *caches = packed(seeded(), 2, 5, H, K, P, 8, 40, dtype)
+    position = torch.tensor([0, 30], device=DEVICE)
+    ran, run = [], triton_op.run
+    monkeypatch.setattr(triton_op, "run", lambda plan, tensors: (ran.append(plan), run(plan, tensors)))
+    leaves = [cache.clone() for cache in caches]
+    out = wm.attention_rope_(qkv, cos, sin, *leaves, position, None, H, K, P)
+    apart = wm.attention_rope(qkv, cos, sin, *caches, position, None, H, K, P)
+    assert len(ran) == 2
+    assert all(torch.equal(one, other) for one, other in zip(apart, (out, *leaves), strict=True))
+    expected = attention_rope_reference(*wide((qkv, cos, sin, *caches)), position, None, H, K, P)
+    check("attention_rope", dtype, out, expected[0])
+    with pytest.raises(RuntimeError, match=r"wm::attention_rope_: qkv_BTC is"):
+        wm.attention_rope_(qkv[..., :-1], cos, sin, *leaves, position, None, H, K, P)

@@ -10,6 +10,7 @@ from torch import Tensor
 from wm_kernels._registration import check_shapes, check_that, register_kernel, register_reference_autograd
 from wm_kernels.attention.definition import attend_in_place, attend_without_cache, attention_reference, check_attention
 from wm_kernels.rope.definition import rope_reference
+from wm_kernels.triton_support import served
 
 
 def attention_rope_reference(
@@ -169,5 +170,73 @@ def _(
     return qkv_BTC.new_empty((*q.shape[:2], n_head * head_dim))
 
 
-register_kernel(attention_rope, "cuda")(attention_rope._init_fn)
-register_kernel(attention_rope_, "cuda")(attention_rope_._init_fn)
+def _rotate_themselves(qkv_BTC: Tensor, cos_BTF: Tensor, *caches: Tensor) -> bool:
+    """Whether Triton's kernels rotate, write and attend: rows of caches that are not contiguous would be copied for them."""
+    return served(qkv_BTC, cos_BTF) and bool(cos_BTF.numel()) and all(cache.stride(-1) == 1 for cache in caches)
+
+
+@register_kernel(attention_rope, "cuda")
+def _(
+    qkv_BTC: Tensor,
+    cos_BTF: Tensor,
+    sin_BTF: Tensor,
+    cache_k_BKSP: Tensor | None,
+    cache_v_BKSP: Tensor | None,
+    position_B: Tensor | None,
+    valid_B: Tensor | None,
+    n_head: int,
+    n_kv_head: int,
+    head_dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads = (n_head, n_kv_head, head_dim)
+    cached = cache_k_BKSP is not None and cache_v_BKSP is not None and position_B is not None
+    if not cached or not _rotate_themselves(qkv_BTC, cos_BTF):
+        return attention_rope._init_fn(qkv_BTC, cos_BTF, sin_BTF, cache_k_BKSP, cache_v_BKSP, position_B, valid_B, *heads)
+    cache_k = cache_k_BKSP.clone(memory_format=torch.contiguous_format)
+    cache_v = cache_v_BKSP.clone(memory_format=torch.contiguous_format)
+    out = _by_kernels("attention_rope", qkv_BTC, cos_BTF, sin_BTF, cache_k, cache_v, position_B, valid_B, *heads)
+    return out, cache_k, cache_v
+
+
+@register_kernel(attention_rope_, "cuda")
+def _(
+    qkv_BTC: Tensor,
+    cos_BTF: Tensor,
+    sin_BTF: Tensor,
+    cache_k_BKSP: Tensor,
+    cache_v_BKSP: Tensor,
+    position_B: Tensor,
+    valid_B: Tensor | None,
+    n_head: int,
+    n_kv_head: int,
+    head_dim: int,
+) -> Tensor:
+    arguments = (qkv_BTC, cos_BTF, sin_BTF, cache_k_BKSP, cache_v_BKSP, position_B, valid_B, n_head, n_kv_head, head_dim)
+    if not _rotate_themselves(qkv_BTC, cos_BTF, cache_k_BKSP, cache_v_BKSP):
+        return attention_rope_._init_fn(*arguments)
+    return _by_kernels("attention_rope_", *arguments)
+
+
+def _by_kernels(
+    op: str,
+    qkv_BTC: Tensor,
+    cos_BTF: Tensor,
+    sin_BTF: Tensor,
+    cache_k_BKSP: Tensor,
+    cache_v_BKSP: Tensor,
+    position_B: Tensor,
+    valid_B: Tensor | None,
+    n_head: int,
+    n_kv_head: int,
+    head_dim: int,
+) -> Tensor:
+    """`attention_rope_` by Triton's kernels."""
+    from wm_kernels.attention_rope.triton_op import attend_packed_triton
+
+    caches = (cache_k_BKSP, cache_v_BKSP)
+
+    def check() -> None:
+        qk, v = _split(op, qkv_BTC, cos_BTF, sin_BTF, n_head, n_kv_head, head_dim)
+        check_attention(op, *qk.split([n_head, n_kv_head], 2), v, *caches, position_B, valid_B)
+
+    return attend_packed_triton(qkv_BTC, cos_BTF, sin_BTF, *caches, position_B, n_head, (check, (valid_B,)))

@@ -15,7 +15,9 @@ from wm_kernels.triton_support import blocks, power_of_two
 BLOCK = 8  # tokens of a program
 
 
-def plan(B: int, T: int, H: int, K: int, P: int, F: int, L: int, dtype: torch.dtype, arch: str, strides: Strides) -> Plan:
+def plan(
+    B: int, T: int, H: int, K: int, P: int, F: int, L: int, dtype: torch.dtype, arch: str, strides: Strides, exact: bool = False
+) -> Plan:
     """Rotation and writing in one launch, then those of attention; tensors qkv, cos, sin, position, k, v, out.
 
     Args:
@@ -29,6 +31,7 @@ def plan(B: int, T: int, H: int, K: int, P: int, F: int, L: int, dtype: torch.dt
         dtype: of qkv, k and v.
         arch: see `triton_launch.architecture`.
         strides: in elements, of qkv_BTC, cos_BTF, sin_BTF, k_BLKP and v_BLKP, axes in the order of these names; the last is 1.
+        exact: whether the bits may not depend on how tokens are split into calls.
     """
     outer, q = dict(strides), (T * H * P, H * P, P, 1)
     constants = {
@@ -39,5 +42,5 @@ def plan(B: int, T: int, H: int, K: int, P: int, F: int, L: int, dtype: torch.dt
     packed = (*outer["qkv"][:2], *outer["cos"][:2], *outer["sin"][:2], *q[:2], *outer["k"][:3], *outer["v"][:3])
     rotate = Launch(rotate_into_cells, (blocks(T, BLOCK), H + 2 * K, B), (*tensors, *packed, T, L), constants, 4, 1)
     cells: Strides = (("q", q), ("k", outer["k"]), ("v", outer["v"]))
-    made = uncached(plan_attention)(B, T, H, K, 1, P, L, "none", True, dtype, arch, cells)
+    made = uncached(plan_attention)(B, T, H, K, 1, P, L, "none", True, dtype, arch, cells, exact)
     return Plan((rotate, *made.launches), {"q": Scratch((B, T, H, P), dtype), **made.scratch})
