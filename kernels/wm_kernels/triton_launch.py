@@ -271,6 +271,14 @@ def _build_caller(launch: Launch, arguments: Sequence[Any], device: int) -> None
 KNOWN = 1024  # calls that an op remembers
 
 
+@dataclass(frozen=True)
+class Known:
+    """What a call of certain shapes, strides and dtypes comes to; `as_given`: no tensor is copied first."""
+
+    plan: Plan
+    as_given: bool
+
+
 def call_key(*tensors: Tensor | None) -> tuple[Any, ...]:
     """What decides an op's launches beside its plain arguments: dtypes, shapes and strides of its tensors, numerics, the table in use."""
     # The tuner puts other tables in the place of the package's.

@@ -4,28 +4,19 @@ B batch   T tokens   H query heads   K key/value heads   A score heads   P head 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from wm_kernels.attention.plan import planned
 from wm_kernels.numerics import exact
-from wm_kernels.triton_launch import Plan, call_key, remember, run
+from wm_kernels.triton_launch import Known, call_key, remember, run
 from wm_kernels.triton_support import inner_contiguous
 
 NAMES = ("q", "k", "v", "score", "position", "new_k", "new_v")
 
 
-@dataclass(frozen=True)
-class _Known:
-    """What a call of certain shapes, strides and dtypes comes to; `as_given`: no tensor is copied first."""
-
-    plan: Plan
-    as_given: bool
-
-
-_known: dict[tuple[object, ...], _Known] = {}
+_known: dict[tuple[object, ...], Known] = {}
 
 
 def attend_triton(
@@ -70,7 +61,7 @@ def attend_triton(
     if known is None:
         layout = tuple((name, tensor.shape, tensor.stride()) for name, tensor in given.items())
         as_given = all(value is given.get(name) for name, value in zip(NAMES, tensors, strict=True))
-        known = remember(_known, key, _Known(planned(layout, scoring, exact(), q_BTHP.dtype, q_BTHP.device), as_given))
+        known = remember(_known, key, Known(planned(layout, scoring, exact(), q_BTHP.dtype, q_BTHP.device), as_given))
     out_BTHP = torch.empty_like(q_BTHP, memory_format=torch.contiguous_format)
     run(known.plan, {**given, "out": out_BTHP})
     return out_BTHP
