@@ -42,6 +42,14 @@ def join(runs: Sequence[Measured]) -> Measured:
     return {**runs[-1], "runs": [{"machine": run["machine"], "rates": run["rates"]} for run in runs], "cases": ordered}
 
 
+def split(results: Measured) -> list[Measured]:
+    """The runs that were joined, or the only one."""
+    if "runs" not in results:
+        return [results]
+    cases = results["cases"]
+    return [run | {"cases": [found for found in cases if found["run"] == number]} for number, run in enumerate(results["runs"], 1)]
+
+
 def _timed(found: Measured) -> int:
     return sum("us" in row for row in found.get("peers", {}).values())
 
@@ -208,6 +216,6 @@ def plot(results: Measured) -> str:
 
 if __name__ == "__main__":
     docs = Path(__file__).parents[1] / "docs"
-    joined = join([json.loads(Path(name).read_text(encoding="utf-8")) for name in sys.argv[1:]])
+    joined = join([run for name in sys.argv[1:] for run in split(json.loads(Path(name).read_text(encoding="utf-8")))])
     (docs.parent / "benchmarks/results/kernels.json").write_text(json.dumps(joined, indent=1), encoding="utf-8")
     write(joined, docs)
