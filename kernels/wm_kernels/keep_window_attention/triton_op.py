@@ -45,16 +45,17 @@ def keep_window_attention_triton(
     if known is None and check is not None:
         check()
     given = {name: value for name, value in zip(NAMES, tensors, strict=True) if value is not None}
-    if known is None or not known.as_given:
+    if known is None or known.copied:
         given = _prepared(given, in_place)
     if known is None:
         layout = tuple((name, tensor.shape, tensor.stride()) for name, tensor in given.items())
         plan = planned(layout, window, in_place, exact(), q_BTHP.dtype, q_BTHP.device)
-        as_given = all(value is given.get(name) for name, value in zip(NAMES, tensors, strict=True)) and NEW_SLOTS[0] not in given
-        known = remember(_known, key, Known(plan, as_given))
+        before = dict(zip(NAMES, tensors, strict=True))
+        copied = tuple(name for name, value in given.items() if value is not before.get(name))
+        known = remember(_known, key, Known(plan, copied))
     out_BTHP = torch.empty_like(q_BTHP, memory_format=torch.contiguous_format)
     run(known.plan, {**given, "out": out_BTHP})
-    if slots is None or known.as_given:
+    if slots is None or not known.copied:
         return out_BTHP, slots
     new = tuple(given[name] for name in (NEW_SLOTS if NEW_SLOTS[0] in given else SLOTS))
     if in_place:

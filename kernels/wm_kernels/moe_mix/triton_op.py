@@ -3,17 +3,21 @@
 M tokens   k picks   N = M k picks, sorted by expert   D model   E experts   I inner width   F rows of an expert's input matrix
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from wm_kernels.moe_mix.definition import moe_mix_reference
 from wm_kernels.moe_mix.plan import combine_plan, hidden_plan, picks_plan
 from wm_kernels.numerics import exact
-from wm_kernels.triton_launch import architecture, run, strides
-from wm_kernels.triton_support import inner_contiguous, rows_of
+from wm_kernels.triton_launch import Known, Plan, architecture, call_key, known_plan, not_in_rows, run, strides
+from wm_kernels.triton_support import row_stride, same_rows
 
 MOST_GROUPS = 1023  # of torch's grouped product
 GROUPED_ALIGNMENT = 8  # entries: torch's grouped product wants rows of a multiple of 16 bytes
+
+_known: dict[tuple[object, ...], Known] = {}
 
 
 def serves_grouped(x_MD: Tensor, out_EDI: Tensor) -> bool:
@@ -102,43 +106,26 @@ def moe_mix_picks(
 
     A token's bits do not depend on the tokens beside it. Tensors whose last axis is not contiguous are copied first.
     """
-    (M, k), (_, D, I) = expert_Mk.shape, out_EDI.shape
-    (x_MD, x_stride), in_EFD, out_EDI = rows_of(x_MD), inner_contiguous(in_EFD), inner_contiguous(out_EDI)
-    y_MD = torch.empty(x_MD.shape, dtype=x_MD.dtype, device=x_MD.device)
-    in_bias = x_MD if in_bias_EF is None else inner_contiguous(in_bias_EF)
-    out_bias = x_MD if out_bias_ED is None else inner_contiguous(out_bias_ED)
-    tensors = {
-        "x_MD": x_MD,
-        "expert_N": expert_Mk.contiguous(),
-        "weight_N": weight_Mk.contiguous(),
-        "in_EFD": in_EFD,
-        "in_bias_EF": in_bias,
-        "out_EDI": out_EDI,
-        "out_bias_ED": out_bias,
-        "y_MD": y_MD,
-    }
-    made = picks_plan(
-        M,
-        k,
-        D,
-        I,
-        x_MD.dtype,
-        gated,
-        (in_bias_EF is not None, out_bias_ED is not None),
-        activation,
-        x_stride,
-        _outer(in_EFD),
-        _outer(out_EDI),
-        (strides(in_bias)[0], strides(out_bias)[0]),
-        architecture(x_MD.device),
-    )
-    run(made, tensors)
+    x_MD = same_rows(x_MD)
+    given = {"x_MD": x_MD, "expert_N": expert_Mk, "weight_N": weight_Mk, "in_EFD": in_EFD, "out_EDI": out_EDI}
+    # Something stands in for what is not there.
+    given |= {"in_bias_EF": x_MD if in_bias_EF is None else in_bias_EF, "out_bias_ED": x_MD if out_bias_ED is None else out_bias_ED}
+
+    def make(ready: Mapping[str, Tensor]) -> Plan:
+        x, matrix_in, matrix_out = ready["x_MD"], ready["in_EFD"], ready["out_EDI"]
+        outer = strides(matrix_in)[:2], strides(matrix_out)[:2], (strides(ready["in_bias_EF"])[0], strides(ready["out_bias_ED"])[0])
+        biases, (M, k), (_, D, I) = (in_bias_EF is not None, out_bias_ED is not None), expert_Mk.shape, matrix_out.shape
+        return picks_plan(M, k, D, I, x.dtype, gated, biases, activation, row_stride(x), *outer, architecture(x.device))
+
+    tensors = (x_MD, expert_Mk, weight_Mk, in_EFD, in_bias_EF, out_EDI, out_bias_ED)
+    made = known_plan(_known, (activation, gated, *call_key(*tensors)), given, make, copied=_copied)
+    y_MD = x_MD.new_empty(x_MD.shape)
+    run(made, {**given, "y_MD": y_MD})
     return y_MD
 
 
-def _outer(tensor: Tensor) -> tuple[int, int]:
-    first, second, _ = strides(tensor)
-    return first, second
+def _copied(name: str, tensor: Tensor) -> bool:
+    return not tensor.is_contiguous() if name.endswith("_N") else not_in_rows(name, tensor)
 
 
 def grouped_product(rows_NA: Tensor, matrix_EBA: Tensor, end_E: Tensor) -> Tensor:
