@@ -169,7 +169,8 @@ def _reasons(results: Measured) -> Iterable[str]:
 
 # Apart for every eye, as far as so many can be; the peers of one case follow each other in no order.
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#222222", "#999933", "#882255", "#44aa99")
-COLOURS += ("#bbbbbb", "#332288", "#cc6677", "#117733", "#88ccee", "#e69f00", "#661100", "#ddcc77")
+COLOURS += ("#bbbbbb", "#332288", "#cc6677", "#117733", "#88ccee", "#e69f00", "#661100", "#ddcc77", "#774411", "#f781bf")
+COLOURS += ("#5d5d8d", "#00c0a0")
 
 
 def plot(results: Measured) -> str:
