@@ -42,6 +42,14 @@ def join(runs: Sequence[Measured]) -> Measured:
     return {**runs[-1], "runs": [{"machine": run["machine"], "rates": run["rates"]} for run in runs], "cases": ordered}
 
 
+def split(results: Measured) -> list[Measured]:
+    """The runs that were joined, or the only one."""
+    if "runs" not in results:
+        return [results]
+    cases = results["cases"]
+    return [run | {"cases": [found for found in cases if found["run"] == number]} for number, run in enumerate(results["runs"], 1)]
+
+
 def _timed(found: Measured) -> int:
     return sum("us" in row for row in found.get("peers", {}).values())
 
@@ -161,7 +169,8 @@ def _reasons(results: Measured) -> Iterable[str]:
 
 # Apart for every eye, as far as so many can be; the peers of one case follow each other in no order.
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#222222", "#999933", "#882255", "#44aa99")
-COLOURS += ("#bbbbbb", "#332288", "#cc6677", "#117733", "#88ccee", "#e69f00", "#661100", "#ddcc77")
+COLOURS += ("#bbbbbb", "#332288", "#cc6677", "#117733", "#88ccee", "#e69f00", "#661100", "#ddcc77", "#774411", "#f781bf")
+COLOURS += ("#5d5d8d", "#00c0a0")
 
 
 def plot(results: Measured) -> str:
@@ -208,6 +217,6 @@ def plot(results: Measured) -> str:
 
 if __name__ == "__main__":
     docs = Path(__file__).parents[1] / "docs"
-    joined = join([json.loads(Path(name).read_text(encoding="utf-8")) for name in sys.argv[1:]])
+    joined = join([run for name in sys.argv[1:] for run in split(json.loads(Path(name).read_text(encoding="utf-8")))])
     (docs.parent / "benchmarks/results/kernels.json").write_text(json.dumps(joined, indent=1), encoding="utf-8")
     write(joined, docs)

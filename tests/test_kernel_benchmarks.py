@@ -154,20 +154,74 @@ def test_extra_memory_takes_whatever_a_peer_returns(modules, monkeypatch, made):
     kernels = modules("kernels")
     for name, value in (("memory_allocated", 100), ("max_memory_allocated", 170), ("reset_peak_memory_stats", None)):
         monkeypatch.setattr(kernels.torch.cuda, name, lambda value=value: value)
-    with kernels.at_most(20):
-        assert kernels.extra_memory(lambda: made) == 70
+    assert kernels.extra_memory(lambda: made) == 70
 
 
-def test_a_peer_that_never_ends_is_given_up(modules, monkeypatch):
-    kernels = modules("kernels")
-    monkeypatch.setattr(kernels.torch.cuda, "empty_cache", lambda: None)
+WAITS_IN_C = """
+import ctypes, sys
+sys.path.insert(0, sys.argv[1])
+import kernels
 
-    def endless(inputs):
-        while True:
-            pass
+def wait_for_the_device():
+    ctypes.CDLL(None).sleep(60)
 
-    case = modules("kernel_cases").Case("a", "M", "bfloat16", dict, dict, dict, {"endless": endless})
-    assert kernels.peer(case, "endless", {}, 0.2) == {"reason": "TimeoutError: not measured within 0.2 s"}
+with kernels.at_most(0.2):
+    wait_for_the_device()
+"""
+
+
+def test_a_call_that_waits_in_c_code_for_ever_ends_its_process(modules):
+    command = [sys.executable, "-c", WAITS_IN_C, str(BENCHMARKS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 1
+    assert "it was in wait_for_the_device" in modules("_trials").why(done.stderr, 0.2)
+
+
+# Stands for the process that measures: the peer "bad" of case M ends it, as does case N itself.
+MEASURES = """
+import json, sys
+asked = json.load(sys.stdin)
+say = lambda **what: print(json.dumps({"said": what}), flush=True)
+say(run={"rates": {"started": len(asked["reasons"])}})
+print("a compiler's talk")
+for op, case in asked["cases"]:
+    say(at=[op, case, None])
+    if case == "N":
+        sys.exit("our kernel hangs")
+    reasons = {peer: reason for *_, peer, reason in asked["reasons"]}
+    for peer in ("good", "bad"):
+        if peer not in reasons:
+            say(at=[op, case, peer])
+            if (case, peer) == ("M", "bad"):
+                sys.exit("the peer hangs")
+    say(found={"op": op, "case": case, "error": 0.1, "peers": reasons})
+"""
+
+
+def test_what_ends_the_measuring_process_is_named_and_another_goes_on(modules):
+    kernels, Case = modules("kernels"), modules("kernel_cases").Case
+    cases = [Case("a", name, "bfloat16", dict, dict, dict) for name in ("L", "M", "N", "O")]
+    runs = list(kernels.gather(cases, [], [], 7.0, [sys.executable, "-c", MEASURES]))[-1]
+    assert [[found["case"] for found in run["cases"]] for run in runs] == [["L"], ["M", "N"], ["O"]]
+    assert runs[1]["cases"][0]["peers"] == {"bad": "the peer hangs"}
+    assert (runs[1]["cases"][1]["error"], runs[1]["cases"][1]["reason"]) == (float("inf"), "our kernel hangs")
+
+
+def test_a_measuring_process_that_cannot_start_says_why(modules):
+    kernels, Case = modules("kernels"), modules("kernel_cases").Case
+    command = [sys.executable, "-c", "raise ImportError('no torch')"]
+    with pytest.raises(SystemExit, match="did not start: ImportError: no torch"):
+        list(kernels.gather([Case("a", "M", "bfloat16", dict, dict, dict)], [], [], 7.0, command))
+
+
+def test_joined_runs_are_split_as_they_were(modules):
+    report = modules("_kernels_report")
+    first, second = results(), results()
+    second["cases"][0]["case"] = "N"
+    again = report.split(report.join([first, second]))
+    assert [[found["case"] for found in run["cases"]] for run in again] == [["M"], ["N"]]
+    assert report.join(again)["cases"] == report.join([first, second])["cases"]
+    assert report.split(first) == [first]
 
 
 def test_every_bar_of_a_case_names_something_measured(modules):

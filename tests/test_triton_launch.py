@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from wm_kernels.triton_launch import Launch, Plan, Scratch, _run_on_cuda, compile_together
+from wm_kernels.numerics import numerics
+from wm_kernels.triton_launch import Launch, Plan, Scratch, _run_on_cuda, call_key, compile_together, known_plan
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,6 +104,42 @@ def test_launch_that_triton_would_compile_anew_goes_through_triton(what):
     _run_on_cuda(plan, others.get(what, tensors), torch.device("meta", 1) if what == "device" else CPU)
     assert len(kernel.looked_at) == 2
     assert not kernel.launched
+
+
+def test_a_call_is_checked_once_for_its_shapes_and_its_tensors_are_copied_every_time():
+    known, made, checked = {}, [], []
+
+    def call(x, flag=0):
+        given = {"x": x}
+        key = (flag, *call_key(x))
+        plan = known_plan(known, key, given, lambda ready: made.append(ready["x"].stride()) or Plan(()), lambda: checked.append(flag))
+        return plan, given["x"]
+
+    strided = [torch.randn(4, 3).t() for _ in range(2)]
+    first, second = call(strided[0]), call(strided[1])
+    assert first[0] is second[0]
+    assert (made, checked) == ([(4, 1)], [0])
+    for (_, copied), x in zip((first, second), strided, strict=True):
+        assert copied.is_contiguous()
+        assert torch.equal(copied, x)
+    rows = torch.randn(3, 4)
+    assert call(rows)[1] is rows  # other strides are another call
+    call(rows, 1)
+    with numerics("exact"):
+        call(rows, 1)
+    call(rows.double(), 1)
+    assert checked == [0, 0, 1, 1, 1]
+
+
+def test_what_a_check_refuses_is_not_remembered():
+    def refuse():
+        raise RuntimeError("wm::op: no")
+
+    known = {}
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no"):
+            known_plan(known, (), {}, lambda _: Plan(()), refuse)
+    assert not known
 
 
 def test_empty_grid_launches_nothing():

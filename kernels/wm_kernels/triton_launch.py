@@ -12,15 +12,15 @@ from itertools import accumulate
 from math import prod
 from operator import itemgetter
 from types import MappingProxyType, SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from wm_kernels import triton_configs
 from wm_kernels.numerics import exact
+from wm_kernels.triton_support import inner_contiguous
 
-Made = TypeVar("Made")
 INT32_MAX = 2**31 - 1
 ALIGNMENT = 16  # of a pointer, in bytes: Triton compiles those that have it apart from those that do not
 ALIGNED = 256  # bytes of which every piece of scratch is a multiple
@@ -271,6 +271,19 @@ def _build_caller(launch: Launch, arguments: Sequence[Any], device: int) -> None
 KNOWN = 1024  # calls that an op remembers
 
 
+@dataclass(frozen=True)
+class Known:
+    """What a call of certain shapes, strides and dtypes comes to.
+
+    Attributes:
+        plan: its launches.
+        copied: names of tensors that are made contiguous first.
+    """
+
+    plan: Plan
+    copied: tuple[str, ...] = ()
+
+
 def call_key(*tensors: Tensor | None) -> tuple[Any, ...]:
     """What decides an op's launches beside its plain arguments: dtypes, shapes and strides of its tensors, numerics, the table in use."""
     # The tuner puts other tables in the place of the package's.
@@ -278,8 +291,43 @@ def call_key(*tensors: Tensor | None) -> tuple[Any, ...]:
     return triton_configs._rows, exact(), *layouts
 
 
-def remember(known: dict[tuple[Any, ...], Made], key: tuple[Any, ...], made: Made) -> Made:
-    """Keep what a call comes to: to look at every argument anew costs more than a step's launch."""
+def not_in_rows(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor's last axis is not contiguous, whatever its name."""
+    return inner_contiguous(tensor) is not tensor
+
+
+def known_plan(
+    known: dict[tuple[Any, ...], Known],
+    key: tuple[Any, ...],
+    given: dict[str, Tensor],
+    make: Callable[[Mapping[str, Tensor]], Plan],
+    check: Callable[[], None] | None = None,
+    copied: Callable[[str, Tensor], bool] = not_in_rows,
+) -> Plan:
+    """The plan of a call; to look at every argument anew costs more than a step's launch.
+
+    Args:
+        known: what the op remembers.
+        key: what decides the plan: `call_key` and the plain arguments.
+        given: tensors by their names in the plan; those that a kernel cannot read where they are become contiguous copies.
+        make: the plan, from tensors as they are launched with.
+        check: raises where arguments are wrong; called unless a call of the same key has passed it.
+        copied: whether a kernel cannot read the tensor of this name where it is.
+    """
+    found = known.get(key)
+    if found is None:
+        if check is not None:
+            check()
+        names = tuple(name for name, tensor in given.items() if copied(name, tensor))
+        ready = {name: tensor.contiguous() if name in names else tensor for name, tensor in given.items()}
+        found = remember(known, key, Known(make(ready), names))
+    for name in found.copied:
+        given[name] = given[name].contiguous()
+    return found.plan
+
+
+def remember(known: dict[tuple[Any, ...], Known], key: tuple[Any, ...], made: Known) -> Known:
+    """Keep what a call comes to."""
     if len(known) >= KNOWN:
         known.clear()
     known[key] = made

@@ -28,16 +28,22 @@ def inner_contiguous(tensor: Tensor) -> Tensor:
     return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def rows_of(tensor_MD: Tensor) -> tuple[Tensor, int]:
-    """A matrix as kernels take it, and the stride of its rows; with `numerics("exact")` the same however many rows there are.
+def same_rows(tensor_MD: Tensor) -> Tensor:
+    """The matrix itself; with `numerics("exact")` one whose rows are added up alike however many there are.
 
     Alignment, of the first row and of the stride, decides how the compiler spreads a row over threads, and so in which order they add.
     """
     if not exact():
-        tensor_MD = inner_contiguous(tensor_MD)
-        return tensor_MD, 0 if tensor_MD.shape[0] == 1 else tensor_MD.stride(0)
+        return tensor_MD
     tensor_MD = tensor_MD.contiguous()
-    return tensor_MD if tensor_MD.data_ptr() % 16 == 0 else tensor_MD.clone(), tensor_MD.shape[1]
+    return tensor_MD if tensor_MD.data_ptr() % 16 == 0 else tensor_MD.clone()
+
+
+def row_stride(tensor_MD: Tensor) -> int:
+    """The stride of a matrix's rows, one of `same_rows`; 0 of a single row, except with `numerics("exact")`."""
+    if exact():
+        return tensor_MD.shape[1]
+    return 0 if tensor_MD.shape[0] == 1 else tensor_MD.stride(0)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""Chat templates: Jinja in its immutable sandbox, as the bundle's manifest brings them."""
+"""Chat templates: Jinja in its immutable environment, as the bundle's manifest brings them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn

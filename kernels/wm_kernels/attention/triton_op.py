@@ -3,29 +3,20 @@
 B batch   T tokens   H query heads   K key/value heads   A score heads   P head dimension   L cells
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from wm_kernels.attention.plan import planned
 from wm_kernels.numerics import exact
-from wm_kernels.triton_launch import Plan, call_key, remember, run
+from wm_kernels.triton_launch import Known, Plan, call_key, known_plan, run
 from wm_kernels.triton_support import inner_contiguous
 
 NAMES = ("q", "k", "v", "score", "position", "new_k", "new_v")
 
 
-@dataclass(frozen=True)
-class _Known:
-    """What a call of certain shapes, strides and dtypes comes to; `as_given`: no tensor is copied first."""
-
-    plan: Plan
-    as_given: bool
-
-
-_known: dict[tuple[object, ...], _Known] = {}
+_known: dict[tuple[object, ...], Known] = {}
 
 
 def attend_triton(
@@ -58,19 +49,19 @@ def attend_triton(
     """
     tensors = (q_BTHP, k_BKLP, v_BKLP, score_BAL, position_B, *(new or (None, None)))
     function, others = check or (None, ())
-    key = (scoring, *call_key(*tensors, *others))
-    known = _known.get(key)
-    if known is None and function is not None:
-        function()
     given = {name: value for name, value in zip(NAMES, tensors, strict=True) if value is not None}
-    if known is None or not known.as_given:
-        given = {name: value.contiguous() if name == "position" else inner_contiguous(value) for name, value in given.items()}
-        if score_BAL is not None:
-            given["score"] = score_BAL
-    if known is None:
-        layout = tuple((name, tensor.shape, tensor.stride()) for name, tensor in given.items())
-        as_given = all(value is given.get(name) for name, value in zip(NAMES, tensors, strict=True))
-        known = remember(_known, key, _Known(planned(layout, scoring, exact(), q_BTHP.dtype, q_BTHP.device), as_given))
+
+    def make(ready: Mapping[str, Tensor]) -> Plan:
+        layout = tuple((name, tensor.shape, tensor.stride()) for name, tensor in ready.items())
+        return planned(layout, scoring, exact(), q_BTHP.dtype, q_BTHP.device)
+
+    made = known_plan(_known, (scoring, *call_key(*tensors, *others)), given, make, function, _copied)
     out_BTHP = torch.empty_like(q_BTHP, memory_format=torch.contiguous_format)
-    run(known.plan, {**given, "out": out_BTHP})
+    run(made, {**given, "out": out_BTHP})
     return out_BTHP
+
+
+def _copied(name: str, tensor: Tensor) -> bool:
+    if name == "position":
+        return not tensor.is_contiguous()
+    return name != "score" and inner_contiguous(tensor) is not tensor

@@ -3,29 +3,19 @@
 B batch   T tokens   K key/value heads   P head dimension   F rotated pairs   L cells   C packed width   E output width
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
-import torch
 from torch import Tensor
 
 from wm_kernels.attention_rope.plan import plan
 from wm_kernels.numerics import exact
-from wm_kernels.triton_launch import Plan, architecture, call_key, remember, run, strides
-from wm_kernels.triton_support import inner_contiguous
+from wm_kernels.triton_launch import Known, Plan, architecture, call_key, known_plan, not_in_rows, run, strides
 
 NAMES = ("qkv", "cos", "sin", "k", "v", "position")
 
 
-@dataclass(frozen=True)
-class _Known:
-    """What a call of certain shapes, strides and dtypes comes to; `as_given`: no tensor is copied first."""
-
-    plan: Plan
-    as_given: bool
-
-
-_known: dict[tuple[object, ...], _Known] = {}
+_known: dict[tuple[object, ...], Known] = {}
 
 
 def attend_packed_triton(
@@ -58,22 +48,20 @@ def attend_packed_triton(
     """
     tensors = (qkv_BTC, cos_BTF, sin_BTF, k_BKLP, v_BKLP, position_B)
     function, others = check or (None, ())
-    key = (n_head, *call_key(*tensors, *others))
-    known = _known.get(key)
-    if known is None and function is not None:
-        function()
     given = dict(zip(NAMES, tensors, strict=True))
-    if known is None or not known.as_given:
-        given |= {name: inner_contiguous(given[name]) for name in ("qkv", "cos", "sin")} | {"position": position_B.contiguous()}
-    if known is None:
-        as_given = all(value is given[name] for name, value in zip(NAMES, tensors, strict=True))
-        known = remember(_known, key, _Known(_plan(given, n_head), as_given))
-    out_BTE = torch.empty((*qkv_BTC.shape[:2], n_head * k_BKLP.shape[3]), dtype=qkv_BTC.dtype, device=qkv_BTC.device)
-    run(known.plan, {**given, "out": out_BTE})
+    made = known_plan(_known, (n_head, *call_key(*tensors, *others)), given, partial(_plan, n_head), function, _copied)
+    out_BTE = qkv_BTC.new_empty((*qkv_BTC.shape[:2], n_head * k_BKLP.shape[3]))
+    run(made, {**given, "out": out_BTE})
     return out_BTE
 
 
-def _plan(given: dict[str, Tensor], n_head: int) -> Plan:
+def _copied(name: str, tensor: Tensor) -> bool:
+    if name == "position":
+        return not tensor.is_contiguous()
+    return name not in ("k", "v") and not_in_rows(name, tensor)
+
+
+def _plan(n_head: int, given: Mapping[str, Tensor]) -> Plan:
     qkv, cos, k = given["qkv"], given["cos"], given["k"]
     (B, T, _), (_, K, L, P) = qkv.shape, k.shape
     outer = {name: strides(given[name]) for name in ("qkv", "cos", "sin", "k", "v")}

@@ -4,6 +4,7 @@ B batch   T tokens   C channels   L taps of the filter   Y = L - 1 inputs kept  
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -99,13 +100,14 @@ def causal_conv1d(
 def _(
     x_BTC: Tensor, weight_CL: Tensor, bias_C: Tensor | None, state_BYC: Tensor | None, valid_B: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor]:
-    _check("causal_conv1d", x_BTC, weight_CL, bias_C, state_BYC, valid_B, activation)
+    check = partial(_check, "causal_conv1d", x_BTC, weight_CL, bias_C, state_BYC, valid_B, activation)
     if not served(x_BTC, weight_CL, bias_C):
+        check()
         y_BTC, state = _conv(x_BTC, weight_CL, bias_C, state_BYC, valid_B, activation)
         return y_BTC.contiguous(), state.contiguous()
     from wm_kernels.causal_conv1d.triton_op import causal_conv1d_triton
 
-    return causal_conv1d_triton(x_BTC, weight_CL, bias_C, state_BYC, valid_B, activation)
+    return causal_conv1d_triton(x_BTC, weight_CL, bias_C, state_BYC, valid_B, activation, check=check)
 
 
 @causal_conv1d.register_fake
@@ -133,14 +135,15 @@ def causal_conv1d_(
 
 @register_kernel(causal_conv1d_, "cuda")
 def _(x_BTC: Tensor, weight_CL: Tensor, bias_C: Tensor | None, state_BYC: Tensor, valid_B: Tensor | None, activation: str) -> Tensor:
-    _check("causal_conv1d_", x_BTC, weight_CL, bias_C, state_BYC, valid_B, activation)
+    check = partial(_check, "causal_conv1d_", x_BTC, weight_CL, bias_C, state_BYC, valid_B, activation)
     if not served(x_BTC, weight_CL, bias_C):
+        check()
         y_BTC, state = _conv(x_BTC, weight_CL, bias_C, state_BYC, valid_B, activation)
         state_BYC.copy_(state)
         return y_BTC.contiguous()
     from wm_kernels.causal_conv1d.triton_op import causal_conv1d_triton
 
-    return causal_conv1d_triton(x_BTC, weight_CL, bias_C, state_BYC, valid_B, activation, state_BYC)[0]
+    return causal_conv1d_triton(x_BTC, weight_CL, bias_C, state_BYC, valid_B, activation, state_BYC, check)[0]
 
 
 @causal_conv1d_.register_fake

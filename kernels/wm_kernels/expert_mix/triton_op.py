@@ -1,12 +1,16 @@
 """`expert_mix` by Triton kernels. B batch, T tokens, D model, E experts, R retrieval heads, k picks, Q = R*k."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from wm_kernels.expert_mix.plan import plan, products_at_once, serves_products, spread_plan
 from wm_kernels.numerics import exact
-from wm_kernels.triton_launch import architecture, run, strides
-from wm_kernels.triton_support import inner_contiguous, rows_of
+from wm_kernels.triton_launch import Known, Plan, architecture, call_key, known_plan, not_in_rows, run, strides
+from wm_kernels.triton_support import same_rows
+
+_known: dict[tuple[object, ...], Known] = {}
 
 
 def expert_mix_triton(
@@ -26,36 +30,25 @@ def expert_mix_triton(
     tables = {down_ED.dtype, up_ED.dtype}
     if not exact() and tables == {x_BTD.dtype} and serves_products(B * T, D, down_ED.shape[0], Q, x_BTD.dtype):
         return expert_mix_products(x_BTD, expert_BTRk, weight_BTRk, down_ED, up_ED, activation, weight_inside)
-    x_BTD, down_ED, up_ED = (inner_contiguous(tensor) for tensor in (x_BTD, down_ED, up_ED))
-    y_BTD = torch.empty(x_BTD.shape, dtype=x_BTD.dtype, device=x_BTD.device)
-    x_strides = strides(x_BTD)
+    y_BTD = x_BTD.new_empty(x_BTD.shape)
     if exact():  # one row of B*T tokens
-        x_BTD, stride = rows_of(x_BTD.reshape(B * T, D))
-        B, T, x_strides = 1, B * T, (0, stride, 1)
-    made = plan(
-        B,
-        T,
-        D,
-        Q,
-        x_BTD.dtype,
-        activation,
-        weight_inside,
-        (x_strides[0], x_strides[1]),
-        strides(down_ED)[0],
-        strides(up_ED)[0],
-        architecture(x_BTD.device),
-        exact(),
-    )
-    tensors = {
-        "x_BTD": x_BTD,
-        "expert_MQ": expert_BTRk.contiguous(),
-        "weight_MQ": weight_BTRk.contiguous(),
-        "down_ED": down_ED,
-        "up_ED": up_ED,
-        "y_MD": y_BTD,
-    }
-    run(made, tensors)
+        x_BTD = same_rows(x_BTD.reshape(B * T, D)).unsqueeze(0)
+    given = {"x_BTD": x_BTD, "expert_MQ": expert_BTRk, "weight_MQ": weight_BTRk, "down_ED": down_ED, "up_ED": up_ED}
+
+    def make(ready: Mapping[str, Tensor]) -> Plan:
+        x = ready["x_BTD"]
+        outer = (0, D) if exact() else strides(x)[:2]
+        tables = strides(ready["down_ED"])[0], strides(ready["up_ED"])[0]
+        return plan(*x.shape, Q, x.dtype, activation, weight_inside, outer, *tables, architecture(x.device), exact())
+
+    key = (activation, weight_inside, *call_key(x_BTD, expert_BTRk, weight_BTRk, down_ED, up_ED))
+    made = known_plan(_known, key, given, make, copied=_copied)
+    run(made, {**given, "y_MD": y_BTD})
     return y_BTD
+
+
+def _copied(name: str, tensor: Tensor) -> bool:
+    return not tensor.is_contiguous() if name.endswith("_MQ") else not_in_rows(name, tensor)
 
 
 def expert_mix_products(

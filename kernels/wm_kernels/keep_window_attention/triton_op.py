@@ -4,14 +4,13 @@ B batch   T tokens   H query heads   K key/value heads   P head dimension   W sl
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from wm_kernels.keep_window_attention.plan import NEW_SLOTS, SLOTS, planned
 from wm_kernels.numerics import exact
-from wm_kernels.triton_launch import Plan, call_key, remember, run
+from wm_kernels.triton_launch import Known, call_key, remember, run
 from wm_kernels.triton_support import inner_contiguous
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -19,15 +18,7 @@ NAMES = ("q", "k", "v", "score", *SLOTS, "position", "valid")
 ROWS = ("q", "k", "v", "slot_k", "slot_v")  # read in rows of P entries
 
 
-@dataclass(frozen=True)
-class _Known:
-    """What a call of certain shapes, strides and dtypes comes to; `as_given`: no tensor is copied first."""
-
-    plan: Plan
-    as_given: bool
-
-
-_known: dict[tuple[object, ...], _Known] = {}
+_known: dict[tuple[object, ...], Known] = {}
 
 
 def keep_window_attention_triton(
@@ -54,16 +45,17 @@ def keep_window_attention_triton(
     if known is None and check is not None:
         check()
     given = {name: value for name, value in zip(NAMES, tensors, strict=True) if value is not None}
-    if known is None or not known.as_given:
+    if known is None or known.copied:
         given = _prepared(given, in_place)
     if known is None:
         layout = tuple((name, tensor.shape, tensor.stride()) for name, tensor in given.items())
         plan = planned(layout, window, in_place, exact(), q_BTHP.dtype, q_BTHP.device)
-        as_given = all(value is given.get(name) for name, value in zip(NAMES, tensors, strict=True)) and NEW_SLOTS[0] not in given
-        known = remember(_known, key, _Known(plan, as_given))
+        before = dict(zip(NAMES, tensors, strict=True))
+        copied = tuple(name for name, value in given.items() if value is not before.get(name))
+        known = remember(_known, key, Known(plan, copied))
     out_BTHP = torch.empty_like(q_BTHP, memory_format=torch.contiguous_format)
     run(known.plan, {**given, "out": out_BTHP})
-    if slots is None or known.as_given:
+    if slots is None or not known.copied:
         return out_BTHP, slots
     new = tuple(given[name] for name in (NEW_SLOTS if NEW_SLOTS[0] in given else SLOTS))
     if in_place:

@@ -3,7 +3,7 @@
 M tokens   k picks   N = M k picks, sorted by expert   D model   E experts   I inner width   F rows of an expert's input matrix
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -12,11 +12,13 @@ from torch import Tensor
 from wm_kernels.moe_mix.definition import moe_mix_reference
 from wm_kernels.moe_mix.plan import combine_plan, hidden_plan, picks_plan, tiles_plan
 from wm_kernels.numerics import exact
-from wm_kernels.triton_launch import Plan, architecture, run, strides
-from wm_kernels.triton_support import inner_contiguous, rows_of
+from wm_kernels.triton_launch import Known, Plan, architecture, call_key, known_plan, not_in_rows, run, strides
+from wm_kernels.triton_support import row_stride, same_rows
 
 MOST_GROUPS = 1023  # of torch's grouped product
 GROUPED_ALIGNMENT = 8  # entries: torch's grouped product wants rows of a multiple of 16 bytes
+
+_known: dict[tuple[object, ...], Known] = {}
 
 
 def serves_grouped(x_MD: Tensor, out_EDI: Tensor) -> bool:
@@ -107,7 +109,7 @@ def moe_mix_picks(
 
     A token's bits do not depend on the tokens beside it. Tensors whose last axis is not contiguous are copied first.
     """
-    return _by_kernels(picks_plan, x_MD, expert_Mk, weight_Mk, in_EFD, in_bias_EF, out_EDI, out_bias_ED, activation, gated)
+    return _by_kernels("picks", picks_plan, x_MD, expert_Mk, weight_Mk, in_EFD, in_bias_EF, out_EDI, out_bias_ED, activation, gated)
 
 
 def moe_mix_tiles(
@@ -126,11 +128,12 @@ def moe_mix_tiles(
     The hidden layer is rounded to the dtype of x after `act`, as are a token's summands (but in float16). Nothing waits for the device,
     and a call has the same bits each time. Tensors whose last axis is not contiguous are copied first.
     """
-    made = partial(tiles_plan, E=in_EFD.shape[0])
-    return _by_kernels(made, x_MD, expert_Mk, weight_Mk, in_EFD, in_bias_EF, out_EDI, out_bias_ED, activation, gated)
+    plan = partial(tiles_plan, E=in_EFD.shape[0])
+    return _by_kernels("tiles", plan, x_MD, expert_Mk, weight_Mk, in_EFD, in_bias_EF, out_EDI, out_bias_ED, activation, gated)
 
 
 def _by_kernels(
+    way: str,
     plan: Callable[..., Plan],
     x_MD: Tensor,
     expert_Mk: Tensor,
@@ -142,43 +145,39 @@ def _by_kernels(
     activation: str,
     gated: bool,
 ) -> Tensor:
-    (M, k), (_, D, I) = expert_Mk.shape, out_EDI.shape
-    (x_MD, x_stride), in_EFD, out_EDI = rows_of(x_MD), inner_contiguous(in_EFD), inner_contiguous(out_EDI)
-    y_MD = torch.empty(x_MD.shape, dtype=x_MD.dtype, device=x_MD.device)
-    in_bias = x_MD if in_bias_EF is None else inner_contiguous(in_bias_EF)
-    out_bias = x_MD if out_bias_ED is None else inner_contiguous(out_bias_ED)
-    tensors = {
-        "x_MD": x_MD,
-        "expert_N": expert_Mk.contiguous(),
-        "weight_N": weight_Mk.contiguous(),
-        "in_EFD": in_EFD,
-        "in_bias_EF": in_bias,
-        "out_EDI": out_EDI,
-        "out_bias_ED": out_bias,
-        "y_MD": y_MD,
-    }
-    made = plan(
-        M=M,
-        k=k,
-        D=D,
-        I=I,
-        dtype=x_MD.dtype,
-        gated=gated,
-        biases=(in_bias_EF is not None, out_bias_ED is not None),
-        activation=activation,
-        x_stride=x_stride,
-        in_strides=_outer(in_EFD),
-        out_strides=_outer(out_EDI),
-        bias_strides=(strides(in_bias)[0], strides(out_bias)[0]),
-        arch=architecture(x_MD.device),
-    )
-    run(made, tensors)
+    x_MD = same_rows(x_MD)
+    given = {"x_MD": x_MD, "expert_N": expert_Mk, "weight_N": weight_Mk, "in_EFD": in_EFD, "out_EDI": out_EDI}
+    # Something stands in for what is not there.
+    given |= {"in_bias_EF": x_MD if in_bias_EF is None else in_bias_EF, "out_bias_ED": x_MD if out_bias_ED is None else out_bias_ED}
+
+    def make(ready: Mapping[str, Tensor]) -> Plan:
+        x, matrix_in, matrix_out = ready["x_MD"], ready["in_EFD"], ready["out_EDI"]
+        (M, k), (_, D, I) = expert_Mk.shape, matrix_out.shape
+        return plan(
+            M=M,
+            k=k,
+            D=D,
+            I=I,
+            dtype=x.dtype,
+            gated=gated,
+            biases=(in_bias_EF is not None, out_bias_ED is not None),
+            activation=activation,
+            x_stride=row_stride(x),
+            in_strides=strides(matrix_in)[:2],
+            out_strides=strides(matrix_out)[:2],
+            bias_strides=(strides(ready["in_bias_EF"])[0], strides(ready["out_bias_ED"])[0]),
+            arch=architecture(x.device),
+        )
+
+    tensors = (x_MD, expert_Mk, weight_Mk, in_EFD, in_bias_EF, out_EDI, out_bias_ED)
+    made = known_plan(_known, (way, activation, gated, *call_key(*tensors)), given, make, copied=_copied)
+    y_MD = x_MD.new_empty(x_MD.shape)
+    run(made, {**given, "y_MD": y_MD})
     return y_MD
 
 
-def _outer(tensor: Tensor) -> tuple[int, int]:
-    first, second, _ = strides(tensor)
-    return first, second
+def _copied(name: str, tensor: Tensor) -> bool:
+    return not tensor.is_contiguous() if name.endswith("_N") else not_in_rows(name, tensor)
 
 
 def grouped_product(rows_NA: Tensor, matrix_EBA: Tensor, end_E: Tensor) -> Tensor:

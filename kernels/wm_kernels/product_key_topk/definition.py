@@ -3,6 +3,8 @@
 B batch   T tokens   R retrieval heads   d half a query's width   J sub-keys per half   k picks   E = J*J experts
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -78,7 +80,7 @@ def _(query_BTR2d: Tensor, keys_RJ2d: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return weight_BTRk.contiguous(), expert_BTRk.contiguous()
     from wm_kernels.product_key_topk.triton_op import product_key_topk_triton
 
-    return product_key_topk_triton(query_BTR2d, keys_RJ2d, k, lambda: _check(query_BTR2d, keys_RJ2d, k))
+    return product_key_topk_triton(query_BTR2d, keys_RJ2d, k, partial(_check, query_BTR2d, keys_RJ2d, k))
 
 
 @product_key_topk.register_fake

@@ -3,6 +3,8 @@
 M rows (batch times tokens)   D model
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -59,13 +61,13 @@ def residual_rms_norm(x_MD: Tensor, residual_MD: Tensor, scale_D: Tensor | None,
 
 @register_kernel(residual_rms_norm, "cuda")
 def _(x_MD: Tensor, residual_MD: Tensor, scale_D: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    _check(x_MD, residual_MD, scale_D, weight_D)
     if not served(x_MD, scale_D, weight_D) or not x_MD.numel():
         normed_MD, sum_MD = residual_rms_norm_reference(x_MD, residual_MD, scale_D, weight_D, eps)
         return normed_MD.contiguous(), sum_MD.contiguous()
     from wm_kernels.residual_rms_norm.triton_op import residual_rms_norm_triton
 
-    return residual_rms_norm_triton(x_MD, residual_MD, scale_D, weight_D, eps)
+    check = partial(_check, x_MD, residual_MD, scale_D, weight_D)
+    return residual_rms_norm_triton(x_MD, residual_MD, scale_D, weight_D, eps, check)
 
 
 @residual_rms_norm.register_fake

@@ -3,6 +3,8 @@
 B batch   T tokens   H heads   P head dimension   F rotated pairs
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -53,12 +55,11 @@ def rope(x_BTHP: Tensor, cos_BTF: Tensor, sin_BTF: Tensor) -> Tensor:
 
 @register_kernel(rope, "cuda")
 def _(x_BTHP: Tensor, cos_BTF: Tensor, sin_BTF: Tensor) -> Tensor:
-    _check(x_BTHP, cos_BTF, sin_BTF)
     if not served(x_BTHP, cos_BTF, sin_BTF) or not x_BTHP.numel() or not cos_BTF.numel():
         return rope_reference(x_BTHP, cos_BTF, sin_BTF).contiguous()
     from wm_kernels.rope.triton_op import rope_triton
 
-    return rope_triton(x_BTHP, cos_BTF, sin_BTF)
+    return rope_triton(x_BTHP, cos_BTF, sin_BTF, partial(_check, x_BTHP, cos_BTF, sin_BTF))
 
 
 @rope.register_fake

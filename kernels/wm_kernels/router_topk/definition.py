@@ -3,6 +3,8 @@
 M tokens   E experts   k picks
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -59,13 +61,12 @@ def router_topk(logits_ME: Tensor, k: int, normalize: bool) -> tuple[Tensor, Ten
 
 @register_kernel(router_topk, "cuda")
 def _(logits_ME: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    _check(logits_ME, k)
-    if not served(logits_ME) or not logits_ME.numel() or logits_ME.shape[1] > MOST_EXPERTS or k > MOST_PICKS:
+    if not served(logits_ME) or not logits_ME.numel() or logits_ME.shape[-1] > MOST_EXPERTS or k > MOST_PICKS:
         weight_Mk, expert_Mk = router_topk_reference(logits_ME, k, normalize)
         return weight_Mk.contiguous(), expert_Mk.contiguous()
     from wm_kernels.router_topk.triton_op import router_topk_triton
 
-    return router_topk_triton(logits_ME, k, normalize)
+    return router_topk_triton(logits_ME, k, normalize, partial(_check, logits_ME, k))
 
 
 @router_topk.register_fake

@@ -1,27 +1,18 @@
 """`selective_scan` by Triton kernels. B batch, T tokens, C channels, N state."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from wm_kernels.numerics import exact
 from wm_kernels.selective_scan.plan import plan
-from wm_kernels.triton_launch import Plan, architecture, call_key, remember, run, strides
+from wm_kernels.triton_launch import Known, Plan, architecture, call_key, known_plan, run, strides
 
 NAMES = ("x_BTC", "dt_BTC", "A_CN", "B_BTN", "C_BTN", "before", "after", "valid_B")
 
 
-@dataclass(frozen=True)
-class _Known:
-    """What a call of certain shapes, strides and dtypes comes to; `copied` names the tensors that must be made contiguous first."""
-
-    plan: Plan
-    copied: tuple[str, ...]
-
-
-_known: dict[tuple[object, ...], _Known] = {}
+_known: dict[tuple[object, ...], Known] = {}
 
 
 def selective_scan_triton(
@@ -42,14 +33,7 @@ def selective_scan_triton(
     """
     tensors = (x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, after_BCN, valid_B)
     given = {name: value for name, value in zip(NAMES, tensors, strict=True) if value is not None}
-    key = call_key(*tensors)
-    known = _known.get(key)
-    if known is None:
-        if check is not None:
-            check()
-        known = remember(_known, key, _know(given))
-    for name in known.copied:
-        given[name] = given[name].contiguous()
+    made = known_plan(_known, call_key(*tensors), given, _planned, check)
     if after_BCN is None:
         given["after"] = dt_BTC.new_empty((x_BTC.shape[0], *A_CN.shape))
     written = given["after"]
@@ -58,21 +42,19 @@ def selective_scan_triton(
     if valid_B is None:
         given["valid_B"] = x_BTC
     y_BTC = given["y_BTC"] = x_BTC.new_empty(x_BTC.shape)
-    run(known.plan, given)
+    run(made, given)
     if after_BCN is not None and written is not after_BCN:
         after_BCN.copy_(written)
     return y_BTC, written if after_BCN is None else after_BCN
 
 
-def _know(given: Mapping[str, Tensor]) -> _Known:
-    copied = tuple(name for name, value in given.items() if _must_copy(name, value))
-    ready = {name: value.contiguous() if name in copied else value for name, value in given.items()}
+def _planned(ready: Mapping[str, Tensor]) -> Plan:
     x, A = ready["x_BTC"], ready["A_CN"]
     (B, T, C), N = x.shape, A.shape[1]
     after = ready["after"] if "after" in ready else torch.empty((B, C, N), device="meta")
     before = ready.get("before", after)
     by_token = [strides(ready[name])[:2] for name in ("x_BTC", "dt_BTC", "B_BTN", "C_BTN")]
-    made = plan(
+    return plan(
         B,
         T,
         C,
@@ -84,9 +66,3 @@ def _know(given: Mapping[str, Tensor]) -> _Known:
         architecture(x.device),
         exact(),
     )
-    return _Known(made, copied)
-
-
-def _must_copy(name: str, tensor: Tensor) -> bool:
-    """Whether a kernel cannot read it where it is: its last axis is not contiguous."""
-    return tensor.shape[-1] > 1 and tensor.stride(-1) != 1

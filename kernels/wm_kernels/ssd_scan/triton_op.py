@@ -4,34 +4,18 @@ B batch   T tokens   H heads   P head dimension   G groups   N state   F rotated
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from wm_kernels.numerics import exact
 from wm_kernels.ssd_scan.plan import ScanCall, plan
-from wm_kernels.triton_launch import Plan, architecture, call_key, remember, run
+from wm_kernels.triton_launch import Known, Plan, architecture, call_key, known_plan, run
 
 FAR = 2**23  # a token stride up to which 32 bits hold the offsets inside a chunk
 NAMES = ("x", "dt", "A", "B", "C", "cos", "sin", "valid", "state")
 
 
-@dataclass(frozen=True)
-class _Known:
-    """What a call of certain shapes, strides and dtypes comes to.
-
-    Attributes:
-        plan: the launches.
-        copied: names of tensors that must be made contiguous first.
-        state: shape of a state.
-    """
-
-    plan: Plan
-    copied: tuple[str, ...]
-    state: tuple[int, ...]
-
-
-_known: dict[tuple[object, ...], _Known] = {}
+_known: dict[tuple[object, ...], Known] = {}
 
 
 def ssd_scan_triton(
@@ -70,32 +54,25 @@ def ssd_scan_triton(
     """
     tensors = (x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, cos_BTF, sin_BTF, valid_B, state_BHNP)
     given = {name: value for name, value in zip(NAMES, tensors, strict=True) if value is not None}
-    key = (in_place, *call_key(*tensors))
-    known = _known.get(key)
-    if known is None:
-        if check is not None:
-            check()
-        known = remember(_known, key, _know(given, in_place))
-    for name in known.copied:
-        given[name] = given[name].contiguous()
+
+    def make(ready: Mapping[str, Tensor]) -> Plan:
+        direct = in_place and ready["state"] is state_BHNP
+        return plan(describe(ready, ready["state"] if direct else x_BTHP.new_empty(_state(x_BTHP, B_BTGN))))
+
+    made = known_plan(_known, (in_place, *call_key(*tensors)), given, make, check, _must_copy)
     y_BTHP = given["y"] = x_BTHP.new_empty(x_BTHP.shape)
-    direct = in_place and "state" not in known.copied
-    out_BHNP = given["out"] = given["state"] if direct else dt_BTH.new_empty(known.state)
-    run(known.plan, given)
+    direct = in_place and given["state"] is state_BHNP
+    out_BHNP = given["out"] = given["state"] if direct else dt_BTH.new_empty(_state(x_BTHP, B_BTGN))
+    run(made, given)
     if in_place and not direct and state_BHNP is not None:
         state_BHNP.copy_(out_BHNP)
         return y_BTHP, state_BHNP
     return y_BTHP, out_BHNP
 
 
-def _know(given: Mapping[str, Tensor], in_place: bool) -> _Known:
-    copied = tuple(name for name, value in given.items() if _must_copy(name, value))
-    ready = {name: value.contiguous() if name in copied else value for name, value in given.items()}
-    x = ready["x"]
-    B, _, H, P = x.shape
-    shape = (B, H, ready["B"].shape[3], P)
-    direct = in_place and "state" not in copied
-    return _Known(plan(describe(ready, ready["state"] if direct else x.new_empty(shape))), copied, shape)
+def _state(x_BTHP: Tensor, B_BTGN: Tensor) -> tuple[int, ...]:
+    (B, _, H, P), N = x_BTHP.shape, B_BTGN.shape[3]
+    return B, H, N, P
 
 
 def _must_copy(name: str, tensor: Tensor) -> bool:
