@@ -95,6 +95,8 @@ def _drawn(name: str, shape: tuple[int, ...], every: Mapping[str, int], position
             return normal.cos()
         case "sin":
             return normal.sin()
+        case "in" | "out" | "down" | "up" | "keys":  # matrices, whose products stay in float16's range
+            return normal * shape[-1] ** -0.5
     return normal
 
 

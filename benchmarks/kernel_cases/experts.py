@@ -31,6 +31,8 @@ def cases() -> list[Case]:
     made += [mixture("M", 16384, 2048, 16384, 4, 8), mixture("E 1024", 16384, 1024, 1024, 4, 8), mixture("step", 64, 2048, 16384, 4, 8)]
     made += [router("E 64", 16384, 64, 8), router("E 1024", 16384, 1024, 32)]
     made += [wide_experts("E 64 k 8", 8192, 1024, 64, 512, 8), wide_experts("step", 8, 1024, 64, 512, 8)]
+    own = (("E 64 k 8", 8192, 1024, 64, 512, 8), ("E 4 k 1", 4096, 1024, 4, 2816, 1), ("E 8 k 2", 4096, 4096, 8, 14336, 2))
+    made += [wide_experts(f"{name}, own", *sizes, own=True) for name, *sizes in (*own, ("thin", 64, 1024, 64, 512, 8))]
     made += [wide_experts("step of one", 1, 4096, 16, 14336, 2), retrieval("M", 16384, 2048, 16384, 4, 8, 64)]
     return made + [layer(E, k) for E in (1024, 4096) for k in (8, 16, 32)]
 
@@ -61,6 +63,13 @@ def spaces() -> list[Space]:
     splits = [grid(picks=[1], inner_Q=[1], inner_warps=[2, 4, 8]) + grid(picks=[4, 8], inner_Q=[4], inner_warps=[4, 8])]
     splits.append(grid(outer_D=[64, 128, 256], outer_Q=[16, 32], outer_warps=[1]))
     made.append(Space(mixture("step", 64, 2048, 16384, 4, 8), "few", {}, few, splits))
+    tiles = {"BLOCK_R": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+    shapes = grid(BLOCK_R=[64], BLOCK_N=[128, 256], num_warps=[4, 8]) + grid(BLOCK_R=[128], BLOCK_N=[128, 256], num_warps=[4, 8])
+    depths = [grid(num_stages=[2, 3, 4]), grid(BLOCK_K=[32, 64, 128])]
+    made.append(Space(wide_experts("E 64 k 8, own", 8192, 1024, 64, 512, 8, own=True), "tiles", {}, tiles, [shapes, *depths]))
+    thin = {"BLOCK_R": 32, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
+    shapes = grid(BLOCK_R=[16, 32, 64], BLOCK_N=[64, 128, 256], num_warps=[4])
+    made.append(Space(wide_experts("thin, own", 64, 1024, 64, 512, 8, own=True), "thin", {}, thin, [shapes, *depths]))
     narrow = grid(elements=[256, 512, 1024, 2048], num_warps=[1]) + grid(elements=[2048, 4096], num_warps=[4])
     made.append(Space(router("E 64", 16384, 64, 8), "narrow", {}, {"elements": 1024, "num_warps": 1}, [narrow]))
     full = grid(elements=[1024], num_warps=[1, 2]) + grid(elements=[2048, 4096], num_warps=[4])
@@ -175,8 +184,8 @@ def grouped_mixture(x: Tensor, expert: Tensor, weight: Tensor, matrix_in: Tensor
     return y
 
 
-def wide_experts(name: str, M: int, D: int, E: int, I: int, k: int) -> Case:
-    """Gated experts of Jamba's and Mixtral's kind."""
+def wide_experts(name: str, M: int, D: int, E: int, I: int, k: int, own: bool = False) -> Case:
+    """Gated experts of Jamba's and Mixtral's kind; `own`: by the kernels that native plans have for many tokens."""
     few = M * k <= E
 
     def make() -> Inputs:
@@ -187,7 +196,10 @@ def wide_experts(name: str, M: int, D: int, E: int, I: int, k: int) -> Case:
         return {"x": x * D**0.5, "expert": expert, "weight": weight, "in": matrix_in, "out": matrix_out}
 
     def ours(v: Inputs) -> Any:
-        return ops.moe_mix(v["x"], v["expert"], v["weight"], v["in"], None, v["out"], None, "silu", True)
+        call = ops.moe_mix
+        if own:
+            from wm_kernels.moe_mix.triton_op import moe_mix_tiles as call
+        return call(v["x"], v["expert"], v["weight"], v["in"], None, v["out"], None, "silu", True)
 
     def oracle(v: Inputs) -> float:
         x, expert, weight, matrix_in, matrix_out = wide(v["x"][:CHECKED], v["expert"][:CHECKED], v["weight"][:CHECKED], v["in"], v["out"])

@@ -16,6 +16,7 @@ from wm_kernels.expressions import Expression
 
 Result = TypeVar("Result")
 MOST_PATHS = 128  # ways through one function
+MOST_BRANCHES = 256  # on one way: a loop whose end is not known would fill the memory
 MOST_VALUES = 64  # of a number that must be known
 RUNS = 4096  # of a function, those that lead nowhere too
 
@@ -37,6 +38,8 @@ class _Path:
         if decided is not None:
             return decided
         place = len(self.conditions)
+        if place >= MOST_BRANCHES:
+            raise TraceError(f"more than {MOST_BRANCHES} branches on one way, the last on {condition.predicate}")
         self.conditions.append(condition)
         taken = place >= len(self.given) or self.given[place]
         self.facts.assume(condition if taken else condition.contrary)

@@ -189,8 +189,7 @@ def _(
     head_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads = (n_head, n_kv_head, head_dim)
-    cached = cache_k_BKSP is not None and cache_v_BKSP is not None and position_B is not None
-    if not cached or not _rotate_themselves(qkv_BTC, cos_BTF):
+    if cache_k_BKSP is None or cache_v_BKSP is None or position_B is None or not _rotate_themselves(qkv_BTC, cos_BTF):
         return attention_rope._init_fn(qkv_BTC, cos_BTF, sin_BTF, cache_k_BKSP, cache_v_BKSP, position_B, valid_B, *heads)
     cache_k = cache_k_BKSP.clone(memory_format=torch.contiguous_format)
     cache_v = cache_v_BKSP.clone(memory_format=torch.contiguous_format)
@@ -237,6 +236,7 @@ def _by_kernels(
 
     def check() -> None:
         qk, v = _split(op, qkv_BTC, cos_BTF, sin_BTF, n_head, n_kv_head, head_dim)
-        check_attention(op, *qk.split([n_head, n_kv_head], 2), v, *caches, position_B, valid_B)
+        q, k = qk.split([n_head, n_kv_head], 2)
+        check_attention(op, q, k, v, *caches, position_B, valid_B)
 
     return attend_packed_triton(qkv_BTC, cos_BTF, sin_BTF, *caches, position_B, n_head, (check, (valid_B,)))
