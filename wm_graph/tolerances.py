@@ -15,9 +15,11 @@ RUNTIME_DTYPES = {
     "onnxruntime-cpu": ("float32", "float16"),
     "triton": ("float32", "float16", "bfloat16"),
 }
-# Sound code is off by at most this many times what the float64 oracle moves when each weight moves by up to u. Eager is off, in float32,
-# by 1.3 to 5.7 times (rms; the worst logit 2.6 to 9 times) over all families, forms and Mamba2-115M; in float16 by 0.5 to 1.7 times.
+# Sound code is off by at most this many times what the float64 oracle moves when each weight moves by up to u: in rms, and at the worst
+# logit, which is one draw from a long tail. Eager is off, in float32, by 1.3 to 6.5 times (rms; the worst logit 2.6 to 13.4 times, both at
+# cheems-1.3b) over all families, forms, sizes and Mamba2-115M; in float16 by 0.5 to 1.7 times (the worst logit up to 2.8).
 MOVED = {"float32": 10.0, "float16": 4.0, "bfloat16": 4.0}
+MOVED_WORST = {"float32": 20.0, "float16": 4.0, "bfloat16": 4.0}
 AMPLIFIED = 10.0  # a model that amplifies rounding may raise its max abs so many times: Mamba2-115M with random weights, 6 times
 FLOOR_ULPS = 2.0  # R's denominator is at least this many u of the output's scale, so that a lucky eager run condemns nobody
 
@@ -73,10 +75,10 @@ class ModelLimit:
     def max_abs_at(self, scale: float, moved_max_abs: float) -> float:
         """The largest error allowed of logits of rms `scale`, of which the oracle's worst moves by `moved_max_abs` with the weights.
 
-        A model that amplifies rounding, such as a deep stack of scans, takes any runtime over `max_abs`; see `MOVED` and `AMPLIFIED`.
+        A model that amplifies rounding, such as a deep stack of scans, takes any runtime over `max_abs`; see `MOVED_WORST` and `AMPLIFIED`.
         """
         table = self.max_abs * max(1.0, scale)
-        return max(table, min(MOVED[self.dtype] * moved_max_abs, AMPLIFIED * table))
+        return max(table, min(MOVED_WORST[self.dtype] * moved_max_abs, AMPLIFIED * table))
 
 
 @dataclass(frozen=True)
@@ -261,10 +263,14 @@ def _models() -> Iterator[str]:
     yield "rms by which the oracle moves when each weight moves by up to u: an eager that is further off is wrong, and its R tells. Max abs"
     yield "is for logits of rms 1 or less; larger logits scale it by their rms, and a model that amplifies rounding raises it to as many"
     yield f"times the largest move, but at most {AMPLIFIED:g}-fold. As many times:"
-    yield f"{', '.join(f'{dtype} {times:g}' for dtype, times in MOVED.items())}; sound eager code is off by 1.3 to 5.7 moves (rms) in"
-    yield "float32, by 0.5 to 1.7 in float16. NaN and infinity always fail.\n"
+    yield f"{_times(MOVED)} (rms), {_times(MOVED_WORST)} (worst); sound eager code is off by 1.3 to 6.5 moves (rms) and"
+    yield "2.6 to 13.4 (worst) in float32, by 0.5 to 1.7 and up to 2.8 in float16. NaN and infinity always fail.\n"
     title = ("dtype", "runtime", "R", "max abs", "differing choices", "reason")
     yield from _rows(title, ((m.dtype, m.runtime, f"{m.R:g}", f"{m.max_abs:g}", f"{m.choice_rate:.2%}", m.reason) for m in MODEL_LIMITS))
+
+
+def _times(moves: dict[str, float]) -> str:
+    return ", ".join(f"{dtype} {times:g}" for dtype, times in moves.items())
 
 
 def _budgets() -> Iterator[str]:
