@@ -169,8 +169,6 @@ def _check_options(targets: Sequence[str], dtype: str, architectures: Sequence[i
     for target in targets:
         if target not in TARGETS:
             raise ExportError(f"unknown target {target!r}; choose from {', '.join(TARGETS)}")
-    if dtype == "bf16" and "onnx" in targets:
-        raise ExportError("target onnx makes no bf16 files; choose fp32 or fp16, or target native alone")
     if "native" in targets:
         native.check_architectures(architectures)
     elif architectures:

@@ -8,6 +8,37 @@ from wm_kernels.onnx_body import MICROSOFT
 SCANS = ("WmSsdScan", "WmSsdScanRope")
 
 
+def multiply_on_host(proto: onnx.ModelProto) -> None:
+    """Range(0, n T, T) in place of Range(0, n, 1) * T for sizes n and T: the product of sizes is then no longer taken on the device.
+
+    A size that a GPU's node reads would have to be copied there, and ONNX Runtime captures no CUDA graph of a model that copies.
+    """
+    graph, make = proto.graph, onnx.helper.make_node
+    made = {output: node for node in graph.node for output in node.output}
+    for node in list(graph.node):
+        if node.op_type != "Mul":
+            continue
+        first, second = (made.get(name) for name in node.input)
+        if second is None or first is None or first.op_type != "Range" or second.op_type != "Squeeze" or not _counts(proto, first):
+            continue
+        end, place = f"{node.name}/end", list(graph.node).index(node)
+        product = make("Mul", [first.input[1], node.input[1]], [end], name=end)
+        steps = make("Range", [first.input[0], end, node.input[1]], list(node.output), name=node.name)
+        graph.node.remove(node)
+        for new in (steps, product):
+            graph.node.insert(place, new)
+        if not any(first.output[0] in other.input for other in graph.node):
+            graph.node.remove(first)
+
+
+def _counts(proto: onnx.ModelProto, node: onnx.NodeProto) -> bool:
+    """Whether a Range is 0, 1, 2, ..."""
+    known = {item.name: item for item in proto.graph.initializer}
+    known |= {item.output[0]: item.attribute[0].t for item in proto.graph.node if item.op_type == "Constant" and item.attribute[0].HasField("t")}
+    ends = [known.get(name) for name in (node.input[0], node.input[2])]
+    return [None if end is None else int(onnx.numpy_helper.to_array(end)) for end in ends] == [0, 1]
+
+
 def tune_for_onnxruntime(proto: onnx.ModelProto) -> None:
     """Rewrite the main graph in place; what it computes stays the same up to rounding."""
     _join_sums_with_norms(proto)

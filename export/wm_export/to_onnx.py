@@ -16,7 +16,7 @@ from onnx_ir import passes
 from onnx_ir.passes import common as passes_common
 from onnxscript import opset23
 
-from wm_export.onnxruntime_graph import tune_for_onnxruntime
+from wm_export.onnxruntime_graph import multiply_on_host, tune_for_onnxruntime
 from wm_export.program import Program
 from wm_graph.errors import ExportError
 from wm_graph.quiet import quiet_libraries
@@ -71,6 +71,7 @@ def onnx_from_program(program: Program, weights: Path, weights_name: str) -> dic
     protos: dict[Flavour, onnx.ModelProto] = {}
     for flavour in FILES:
         proto = ir.serde.serialize_model(model)
+        multiply_on_host(proto)
         if flavour == "ort":
             tune_for_onnxruntime(proto)
         add_bodies(proto, flavour)

@@ -47,6 +47,7 @@ _SESSIONS = {
     "eager": ("torch_runtimes", "EagerSession"),
     "compiled": ("torch_runtimes", "CompiledSession"),
     "onnxruntime-cpu": ("onnxruntime_cpu", "OnnxRuntimeCpuSession"),
+    "onnxruntime-cuda": ("onnxruntime_cuda", "OnnxRuntimeCudaSession"),
 }
 
 
