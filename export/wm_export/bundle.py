@@ -54,7 +54,7 @@ def export_bundle(
         checkpoint: folder with config.json and model.safetensors, and optionally tokenizer.json and generation.json.
         bundle: the folder to make; must not exist, or be empty.
         targets: what to make; `onnx` is both ONNX files, `native` the kernels of the model's graph, compiled.
-        dtype: `fp32`, `fp16` or, without `onnx`, `bf16`: the dtype of weights, caches and arithmetic.
+        dtype: `fp32`, `fp16` or `bf16`: the dtype of weights, caches and arithmetic.
         architectures: that `native` compiles for: 80 for sm_80, and so on.
         progress: called with a stage's name and the fraction done.
 

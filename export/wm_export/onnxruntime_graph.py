@@ -34,7 +34,8 @@ def multiply_on_host(proto: onnx.ModelProto) -> None:
 def _counts(proto: onnx.ModelProto, node: onnx.NodeProto) -> bool:
     """Whether a Range is 0, 1, 2, ..."""
     known = {item.name: item for item in proto.graph.initializer}
-    known |= {item.output[0]: item.attribute[0].t for item in proto.graph.node if item.op_type == "Constant" and item.attribute[0].HasField("t")}
+    constants = [item for item in proto.graph.node if item.op_type == "Constant" and item.attribute[0].HasField("t")]
+    known |= {item.output[0]: item.attribute[0].t for item in constants}
     ends = [known.get(name) for name in (node.input[0], node.input[2])]
     return [None if end is None else int(onnx.numpy_helper.to_array(end)) for end in ends] == [0, 1]
 

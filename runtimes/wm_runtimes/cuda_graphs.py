@@ -1,8 +1,8 @@
 """Decode steps of ONNX Runtime as CUDA graphs: captured from a copy of the state, and used only if a replay gives the bits of a plain run.
 
-ONNX Runtime runs a graph several times to capture it, each of which moves a state that is updated in place; and what it computes on the host,
-or reads from there, is frozen in the graph. So the state is put back after capture, the capture is made with other inputs than the replay,
-and the replay is compared with a plain run, bit by bit.
+ONNX Runtime runs a graph several times to capture it, each of which moves a state that is updated in place; and what it computes on the
+host, or reads from there, is frozen in the graph. So the state is put back after capture, the capture is made with other inputs than the
+replay, and the replay is compared with a plain run, bit by bit.
 """
 
 import threading

@@ -101,8 +101,20 @@ def find_library(name: str = "libwm_kernels.so") -> Path:
     return path
 
 
+def check_library() -> None:
+    """Find the library and load it.
+
+    Raises:
+        RuntimeUnavailableError: it is not there, cannot be loaded, or is of another version.
+    """
+    _load(find_library())
+
+
 def _load(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise RuntimeUnavailableError(f"{path} cannot be loaded ({error}); build it here with make cpp") from error
     version = library.wmk_abi_version()
     if version != ABI_VERSION:
         raise RuntimeUnavailableError(f"{path} has ABI version {version}, expected {ABI_VERSION}; build it again with make cpp")

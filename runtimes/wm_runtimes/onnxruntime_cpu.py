@@ -12,6 +12,7 @@ from wm_runtimes.onnxruntime_session import GRAPHS, OnnxRuntimeSession
 from wm_runtimes.session import Array
 from wm_runtimes.state_buffers import StateBuffers
 
+PROVIDER = "CPUExecutionProvider"
 _BLOCK = 256  # tokens of one row that run at once
 
 
@@ -21,6 +22,12 @@ def availability(runtime: str = "onnxruntime-cpu") -> str | None:
 
     if find_spec("onnxruntime") is None:
         return 'onnxruntime is not installed; install it with `pip install "wm-graph[cpu]"`'
+    try:
+        import onnxruntime
+    except ImportError as error:
+        return f'onnxruntime cannot be imported ({error}); install it again with `pip install "wm-graph[cpu]"`'
+    if PROVIDER not in onnxruntime.get_available_providers():
+        return f"the installed onnxruntime has no {PROVIDER}; install another build of it"
     return None
 
 
@@ -113,7 +120,7 @@ class OnnxRuntimeCpuSession(OnnxRuntimeSession):
         return options
 
     def _providers(self) -> list[Any]:
-        return ["CPUExecutionProvider"]
+        return [PROVIDER]
 
     def _run_at_once(
         self, buffers: StateBuffers, start: int, position_B: Array, tokens_BT: Array, valid_B: Array, select_BS: Array

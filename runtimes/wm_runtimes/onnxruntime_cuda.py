@@ -21,10 +21,13 @@ PROVIDER = "CUDAExecutionProvider"
 LIBRARY = "libwm_kernels_onnxruntime.so"
 INSTALL = 'install it with `pip install "wm-graph[gpu]"`'
 # What ONNX Runtime computes on the host because it is of sizes alone; anything else there is a tensor that left the GPU.
-HOST_OPS = frozenset(
-    "Add And Cast Concat ConstantOfShape Div Equal Expand Gather Greater GreaterOrEqual Identity Less LessOrEqual Max Min Mod Mul Not Or "
-    "Range ReduceMax ReduceMin ReduceProd ReduceSum Reshape Shape Size Slice Squeeze Sub Unsqueeze Where".split()
-)
+# fmt: off
+HOST_OPS = frozenset((
+    "Add", "And", "Cast", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Greater", "GreaterOrEqual",
+    "Identity", "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Not", "Or", "Range", "ReduceMax", "ReduceMin", "ReduceProd",
+    "ReduceSum", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where",
+))
+# fmt: on
 _BODY_BLOCK = 4096  # tokens of one row that run at once on bodies, whose memory grows with tokens times keys
 _LONG = ALIGNMENT // 8  # int64 per aligned part
 
@@ -47,7 +50,6 @@ def availability(runtime: str = "onnxruntime-cuda") -> str | None:
         return str(error)
     if missing := load_libraries(_libraries(onnxruntime.cuda_version)):
         return f"{missing} of CUDA is missing; install the `nvidia` packages of CUDA {onnxruntime.cuda_version}, or CUDA itself"
-    load_libraries(["libcudnn.so.9"])  # where it is: ONNX Runtime does without, but for convolutions
     return None
 
 
@@ -65,10 +67,10 @@ def bundle_reason(bundle: Bundle, kernels: bool | None = None, device: int = 0) 
 
 
 def _libraries(version: str) -> list[str]:
-    """Libraries of CUDA that the provider is linked with, in an order in which each finds those that it needs."""
+    """Libraries of CUDA that the provider is linked with, and cuDNN, whose reductions bodies use; each after those that it needs."""
     major = version.split(".")[0]
     rest = ["libcufft.so.11"] if major == "12" else []
-    return [f"libcudart.so.{major}", f"libcublasLt.so.{major}", f"libcublas.so.{major}", "libcurand.so.10", *rest]
+    return [f"libcudart.so.{major}", f"libcublasLt.so.{major}", f"libcublas.so.{major}", "libcurand.so.10", *rest, "libcudnn.so.9"]
 
 
 def _kernels_wanted(bundle: Bundle, kernels: bool | None, device: CudaDevice) -> bool:
@@ -225,7 +227,8 @@ class OnnxRuntimeCudaSession(OnnxRuntimeSession):
         except BundleError as error:
             if not self.steps.wanted or "graph capture" not in str(error):
                 raise
-            self.steps.refuse(f"ONNX Runtime cannot capture this graph:{str(error).rpartition('as requested by the user')[2]}")
+            why = str(error).rpartition("as requested by the user")[2].removesuffix("; export the bundle again")
+            self.steps.refuse(f"ONNX Runtime cannot capture this graph, {why}")
             model = super()._open(RECORD_PLACEMENT | entries)
         self._check_placement(model)
         self._memory = Device(model, self._kind, self._number)

@@ -81,10 +81,12 @@ class OnnxRuntimeSession(Session):
     @abstractmethod
     def _bind(self, buffers: Any, start: int, batch: int, length: int, selected: int) -> Any:
         """Prepare a run of `batch` rows from `start` on."""
+        raise NotImplementedError
 
     @abstractmethod
     def _run_at_once(self, buffers: Any, start: int, position_B: Array, tokens_BT: Array, valid_B: Array, select_BS: Array) -> Array:
         """One run of the graph; see `Session._run`."""
+        raise NotImplementedError
 
     def _open(self, entries: dict[str, str]) -> Any:
         import onnxruntime
