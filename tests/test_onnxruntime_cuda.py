@@ -85,7 +85,9 @@ def test_golden_logits_come_in_place_by_graphs_and_by_copies(folder_of, preset, 
 
 
 @each_way
-@pytest.mark.parametrize(("preset", "dtype"), [*((p, "fp32") for p in PRESETS), *((p, d) for p in WITHOUT_CHOICES for d in ("fp16", "bf16"))])
+@pytest.mark.parametrize(
+    ("preset", "dtype"), [*((p, "fp32") for p in PRESETS), *((p, d) for p in WITHOUT_CHOICES for d in ("fp16", "bf16"))]
+)
 def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(folder_of, preset, dtype, way):
     with open_session(folder_of(preset, dtype), CUDA, batch=3, capacity=100, kernels=WAYS[way]) as session:
         tokens_BT = tokens_of(session, 3, 90)

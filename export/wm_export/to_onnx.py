@@ -3,7 +3,7 @@
 import json
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,8 @@ from wm_kernels.onnx_functions import OPSET, TRANSLATIONS, add_bodies
 
 Flavour = Literal["portable", "ort"]
 FILES: dict[Flavour, str] = {"portable": "model.onnx", "ort": "model.ort.onnx"}
+# The second one is for ONNX Runtime on CPUs, which has no bfloat16.
+FLAVOURS: dict[torch.dtype, tuple[Flavour, ...]] = {torch.bfloat16: ("portable",)}
 _SCOPE = re.compile(r"layers\.\d+")
 
 
@@ -52,13 +54,16 @@ def stored_tensors(weights: Path) -> dict[str, StoredTensor]:
     return places
 
 
-def onnx_from_program(program: Program, weights: Path, weights_name: str) -> dict[Flavour, onnx.ModelProto]:
-    """Both ONNX files of a model, as headers that read their weights from a safetensors file beside them.
+def onnx_from_program(
+    program: Program, weights: Path, weights_name: str, flavours: Sequence[Flavour] = tuple(FILES)
+) -> dict[Flavour, onnx.ModelProto]:
+    """The ONNX files of a model, as headers that read their weights from a safetensors file beside them.
 
     Args:
         program: the exported program; its parameters carry checkpoint names behind `model.`.
         weights: the safetensors file, already written.
         weights_name: its name relative to the ONNX files.
+        flavours: which of them.
 
     Raises:
         ExportError: the exporter changed the opset behind our back, or a parameter is not in the weights.
@@ -69,7 +74,7 @@ def onnx_from_program(program: Program, weights: Path, weights_name: str) -> dic
     _name_values(model, program)
     _strip(model)
     protos: dict[Flavour, onnx.ModelProto] = {}
-    for flavour in FILES:
+    for flavour in flavours:
         proto = ir.serde.serialize_model(model)
         multiply_on_host(proto)
         if flavour == "ort":

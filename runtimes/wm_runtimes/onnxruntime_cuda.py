@@ -271,8 +271,8 @@ class OnnxRuntimeCudaSession(OnnxRuntimeSession):
         else:
             self.steps.run_plainly(self._model, binding)
         for name, fresh in binding.copies:
-            buffers.write(name, start, np.asarray(fresh.numpy()))
-        return np.asarray(binding.logits_BSV.numpy(), np.float32)
+            buffers.write(name, start, fresh.numpy())
+        return np.array(binding.logits_BSV.numpy(), np.float32)
 
     def _bind(self, buffers: DeviceBuffers, start: int, batch: int, length: int, selected: int) -> _Binding:
         assert self._memory is not None
