@@ -272,7 +272,8 @@ class OnnxRuntimeCudaSession(OnnxRuntimeSession):
             self.steps.run_plainly(self._model, binding)
         for name, fresh in binding.copies:
             buffers.write(name, start, fresh.numpy())
-        return np.array(binding.logits_BSV.numpy(), np.float32)
+        logits_BSV: Array = binding.logits_BSV.numpy()  # from a GPU it is a copy, on the host the memory of the next call's
+        return logits_BSV.astype(np.float32, copy=self._kind == "cpu")
 
     def _bind(self, buffers: DeviceBuffers, start: int, batch: int, length: int, selected: int) -> _Binding:
         assert self._memory is not None
