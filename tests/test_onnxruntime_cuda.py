@@ -252,7 +252,10 @@ def _plain(schema: Any, key: dict[str, Any]) -> dict[str, Any]:
 
 
 # Eager takes products of another library, or torch's own operations around the kernel, for these calls.
-_OTHERWISE = {"prompt": ("attention_rope", "expert_mix", "moe_mix", "scored_attention"), "step": ("attention_rope", "scored_attention")}
+_OTHERWISE = {
+    "prompt": ("attention", "attention_rope", "expert_mix", "moe_mix", "scored_attention"),
+    "step": ("attention_rope", "scored_attention"),
+}
 
 
 @pytest.mark.parametrize("call", ["prompt", "step"])

@@ -16,6 +16,7 @@ from toy_bundle import make_toy_bundle
 from wm_graph.errors import RuntimeUnavailableError
 from wm_runtimes import RUNTIMES, open_bundle
 from wm_runtimes.cuda_device import CudaDevice, cuda_device
+from wm_runtimes.onnxruntime_cuda import bundle_reason
 from wm_runtimes.readiness import NATIVE, readiness, unready
 
 ROOT = Path(__file__).parent.parent
@@ -143,6 +144,16 @@ def test_kernels_of_another_architecture_are_refused_by_doctor_and_check(on_h100
     assert found["onnxruntime-cuda"] in wm(capfd, "doctor", folder).out
     refused = wm(capfd, "check", folder, "--runtimes", "onnxruntime-cuda")
     assert refused.code in (2, 3)
+
+
+def test_a_bundle_that_lacks_a_kernel_runs_its_body_unless_kernels_are_asked_for(on_h100, tmp_path: Path) -> None:
+    native = {"architectures": ["sm_90"], "without": ["rope_angles", "scored_attention"]}
+    bundle = open_bundle(make_toy_bundle(tmp_path / "bundle", native=native))
+    assert bundle_reason(bundle) is None
+    assert bundle_reason(bundle, kernels=False) is None
+    assert str(bundle_reason(bundle, kernels=True)).startswith("scored_attention has no native kernel for this model")
+    whole = open_bundle(make_toy_bundle(tmp_path / "whole", native=native | {"without": ["rope_angles"]}))
+    assert bundle_reason(whole, kernels=True) is None
 
 
 def test_kernels_of_this_architecture_and_bodies_of_a_bundle_without_are_ready(on_h100, tmp_path: Path) -> None:

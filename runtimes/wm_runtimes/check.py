@@ -17,6 +17,7 @@ from wm_graph.tolerances import model_limit
 from wm_runtimes import RUNTIMES, open_session
 from wm_runtimes.bundle import Bundle, open_bundle
 from wm_runtimes.choice_names import choice_names
+from wm_runtimes.cuda_device import native_of, ops_without_kernels
 from wm_runtimes.draws import Array, Draws, SessionRunner, Trace, run_draws
 from wm_runtimes.file_checks import check_safetensors
 from wm_runtimes.labels import WAYS, runs_graphs
@@ -201,9 +202,10 @@ def _ways(bundle: Bundle, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """What is checked of a runtime of graphs, and the options of its sessions."""
     if name == "onnxruntime-cpu":
         yield from ((f"{name} {graph}", {"graph": graph}) for graph in GRAPHS if graph in bundle.files)
-    else:
-        ways = WAYS[name] if "native" in bundle.manifest else {"bodies": WAYS[name]["bodies"]}
-        yield from ((f"{name}:{way}", options) for way, options in ways.items())
+        return
+    if native_of(bundle.manifest) is not None:
+        yield (name, {}) if ops_without_kernels(bundle.manifest) else (f"{name}:kernels", WAYS[name]["kernels"])
+    yield f"{name}:bodies", WAYS[name]["bodies"]
 
 
 def _run(bundle: Bundle, golden: _Golden, name: str, **options: Any) -> Trace:

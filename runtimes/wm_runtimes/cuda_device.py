@@ -11,6 +11,7 @@ from wm_graph.errors import BundleError, RuntimeUnavailableError
 
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 _NAME_BYTES = 256
+BODIES_SUFFICE = {"rope_angles"}  # once a call, some table look-ups: no op has a kernel of it
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,16 @@ def native_of(manifest: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise BundleError(f"manifest.json: native is {str(native)[:60]!r}, expected an object with architectures; export the bundle again")
     return native
+
+
+def ops_without_kernels(manifest: Mapping[str, Any]) -> list[str]:
+    """The ops of a bundle with native kernels that have none, but for those of `BODIES_SUFFICE`.
+
+    Raises:
+        BundleError: the manifest is malformed.
+    """
+    native = native_of(manifest)
+    return [] if native is None else sorted(set(map(str, native.get("without") or ())) - BODIES_SUFFICE)
 
 
 def kernels_reason(manifest: Mapping[str, Any], device: CudaDevice) -> str | None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from wm_graph.errors import BundleError, InputError, RuntimeUnavailableError
 from wm_runtimes.bundle import Bundle
-from wm_runtimes.cuda_device import CudaDevice, cuda_device, kernels_reason, load_libraries, native_of
+from wm_runtimes.cuda_device import CudaDevice, cuda_device, kernels_reason, load_libraries, native_of, ops_without_kernels
 from wm_runtimes.cuda_graphs import CapturedSteps
 from wm_runtimes.device_buffers import ALIGNMENT, ONNX_TYPES, Device, DeviceBuffers
 from wm_runtimes.native_kernels import find_library
@@ -83,6 +83,10 @@ def _kernels_wanted(bundle: Bundle, kernels: bool | None, device: CudaDevice) ->
         return False
     if reason := kernels_reason(bundle.manifest, device):
         raise RuntimeUnavailableError(f"{reason}, or run the bodies: onnxruntime-cuda:bodies")
+    if kernels and (bare := ops_without_kernels(bundle.manifest)):
+        raise RuntimeUnavailableError(
+            f"{', '.join(bare)} has no native kernel for this model; onnxruntime-cuda without :kernels runs its body beside other kernels"
+        )
     find_library(LIBRARY)
     return True
 
@@ -132,8 +136,8 @@ class OnnxRuntimeCudaSession(OnnxRuntimeSession):
         bundle: the bundle.
         batch: number of rows.
         capacity: most tokens per row.
-        kernels: run the native kernels of the bundle; False runs the bodies of the ONNX functions; None runs the kernels of a bundle that
-            has some, and the bodies of one that has none.
+        kernels: run the native kernels of the bundle, which must be there for every op but `rope_angles`; False runs the bodies of the
+            ONNX functions; None runs all kernels of a bundle that has some, the bodies of its other ops, and those of a bundle without any.
         graph: `model.onnx` (standard ops, the default) or `model.ort.onnx`, whose bodies are tuned for CPUs.
         capture: replay decode steps as CUDA graphs, where ONNX Runtime can; off, every step is launched node by node.
         alias: bind one memory to input and output of a state leaf. Off, every step copies the state, for verification.
