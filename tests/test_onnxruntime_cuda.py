@@ -201,7 +201,7 @@ def test_every_op_with_kernels_is_a_node_on_the_gpu_and_only_sizes_are_on_the_ho
         placed = session.placement()
         import onnx
 
-        nodes = onnx.load(str(bundle.file("model.onnx")), load_external_data=False).graph.node
+        nodes = onnx.load(str(bundle.file("model.cuda.onnx")), load_external_data=False).graph.node
         mine = {node.name for node in nodes if node.domain == "wm" and node.op_type != "WmRopeAngles"}
         assert mine
         assert "wm::rope_angles" not in {f"wm::{op}" for op in native["ops"]}
@@ -213,7 +213,7 @@ def test_weights_are_on_the_gpu_once(folder_of):
     import onnx
 
     for preset in PRESETS:
-        model = onnx.load(str(open_bundle(folder_of(preset, "bf16")).file("model.onnx")), load_external_data=False)
+        model = onnx.load(str(open_bundle(folder_of(preset, "bf16")).file("model.cuda.onnx")), load_external_data=False)
         places = [(item.external_data[1].value, item.external_data[2].value) for item in model.graph.initializer if item.external_data]
         assert len(places) == len(set(places))
 
@@ -226,7 +226,7 @@ def _nodes_with_entries(bundle: Any) -> list[tuple[Any, dict[str, Any]]]:
     import onnx
 
     plans = json.loads((bundle.path / "kernels/plans.json").read_text())
-    model = onnx.load(str(bundle.file("model.onnx")), load_external_data=False)
+    model = onnx.load(str(bundle.file("model.cuda.onnx")), load_external_data=False)
     found = []
     for node in model.graph.node:
         given = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
@@ -322,7 +322,7 @@ def _inside(bundle: Any) -> list[Any]:
     """Initializers that the header holds itself."""
     import onnx
 
-    model = onnx.load(str(bundle.file("model.onnx")), load_external_data=False)
+    model = onnx.load(str(bundle.file("model.cuda.onnx")), load_external_data=False)
     return [item for item in model.graph.initializer if not item.external_data]
 
 

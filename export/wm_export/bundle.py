@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from wm_export import native
 from wm_export.golden import golden_data
 from wm_export.program import Program, export_program, next_name
-from wm_export.to_onnx import FILES, FLAVOURS, onnx_from_program
+from wm_export.to_onnx import FILES, Graph, graphs_of, onnx_from_program
 from wm_export.weights import write_weights
 from wm_graph.checkpoints import WEIGHTS, load_checkpoint, load_tensors, new_folder, read_json
 from wm_graph.config import ModelConfig
@@ -27,7 +27,6 @@ from wm_graph.params import Params, cast_params, params_from_flat, params_to_fla
 from wm_graph.shapes import LeafSpec, count_parameters, state_leaves
 from wm_graph.state import leaf_dtype
 from wm_graph.tolerances import MODEL_LIMITS
-from wm_kernels.onnx_body import Flavour
 from wm_kernels.onnx_functions import OPSET
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -158,7 +157,7 @@ def _write_targets(
         made["native"] = native.write_native(program, architectures, kernels, lambda done: tell("compiling kernels", 0.45 + 0.25 * done))
     if "onnx" in targets:
         tell("exporting to ONNX", 0.7)
-        _write_onnx(program, FLAVOURS.get(dtype, tuple(FILES)), folder, prefix)
+        _write_onnx(program, graphs_of(dtype), folder, prefix)
     return made
 
 
@@ -192,18 +191,18 @@ def _copy_text(checkpoint: Path, scratch: Path) -> dict[str, Any]:
     return {"tokens": _NO_TOKENS | dict(extra.get("tokens") or {}), "chat_template": extra.get("chat_template")}
 
 
-def _write_onnx(program: Program, flavours: Sequence[Flavour], folder: Path, prefix: str = "") -> None:
+def _write_onnx(program: Program, graphs: Sequence[Graph], folder: Path, prefix: str = "") -> None:
     """Write ONNX files beside the weights, and check them there: the checker follows no links to external data."""
-    for flavour, proto in onnx_from_program(program, folder / WEIGHTS, WEIGHTS, flavours).items():
+    for graph, proto in onnx_from_program(program, folder / WEIGHTS, WEIGHTS, graphs).items():
         data = proto.SerializeToString(deterministic=True)
         if len(data) > HEADER_LIMIT:
-            raise ExportError(f"{FILES[flavour]}: header of {len(data)} bytes, expected at most {HEADER_LIMIT}; a weight was stored inside")
-        file = folder / f"{prefix}{FILES[flavour]}"
+            raise ExportError(f"{FILES[graph]}: header of {len(data)} bytes, expected at most {HEADER_LIMIT}; a weight was stored inside")
+        file = folder / f"{prefix}{FILES[graph]}"
         file.write_bytes(data)
         try:
             onnx.checker.check_model(str(file), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            raise ExportError(f"{FILES[flavour]}: does not pass onnx.checker ({str(error).splitlines()[0]})") from error
+            raise ExportError(f"{FILES[graph]}: does not pass onnx.checker ({str(error).splitlines()[0]})") from error
 
 
 def _manifest(cfg: ModelConfig, dtype: torch.dtype, extra: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -201,7 +201,7 @@ def _check_runtime(bundle: Bundle, golden: _Golden, name: str) -> list[CheckRow]
 def _ways(bundle: Bundle, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """What is checked of a runtime of graphs, and the options of its sessions."""
     if name == "onnxruntime-cpu":
-        yield from ((f"{name} {graph}", {"graph": graph}) for graph in GRAPHS if graph in bundle.files)
+        yield from ((f"{name} {graph}", {"graph": graph}) for graph in GRAPHS[:2] if graph in bundle.files)
         return
     if native_of(bundle.manifest) is not None:
         yield (name, {}) if ops_without_kernels(bundle.manifest) else (f"{name}:kernels", WAYS[name]["kernels"])

@@ -56,7 +56,7 @@ class OnnxRuntimeCpuSession(OnnxRuntimeSession):
         bundle: the bundle.
         batch: number of rows.
         capacity: most tokens per row.
-        graph: `model.ort.onnx` (bodies tuned for ONNX Runtime, the default) or `model.onnx` (standard ops).
+        graph: `model.ort.onnx` (bodies tuned for ONNX Runtime, the default), `model.onnx` (standard ops) or `model.cuda.onnx` (for GPUs).
         threads: intra-op threads; None leaves it to ONNX Runtime.
         prepack: let ONNX Runtime rearrange weights into a private copy, on huge pages where the kernel gives them, which makes a step
             some 10 % faster. Off, it computes from the mapped file: opening is instant (SmolLM2-135M: 0.3 s instead of 1.8 s), and

@@ -18,6 +18,7 @@ from wm_runtimes.onnxruntime_session import GRAPHS, RECORD_PLACEMENT, OnnxRuntim
 from wm_runtimes.session import Array
 
 PROVIDER = "CUDAExecutionProvider"
+TUNED = "model.cuda.onnx"
 LIBRARY = "libwm_kernels_onnxruntime.so"
 INSTALL = 'install it with `pip install "wm-graph[gpu]"`'
 # What ONNX Runtime computes on the host because it is of sizes alone; anything else there is a tensor that left the GPU.
@@ -138,7 +139,8 @@ class OnnxRuntimeCudaSession(OnnxRuntimeSession):
         capacity: most tokens per row.
         kernels: run the native kernels of the bundle, which must be there for every op but `rope_angles`; False runs the bodies of the
             ONNX functions; None runs all kernels of a bundle that has some, the bodies of its other ops, and those of a bundle without any.
-        graph: `model.onnx` (standard ops, the default) or `model.ort.onnx`, whose bodies are tuned for CPUs.
+        graph: `model.cuda.onnx` (the default, of fewer nodes), `model.onnx` (the default where a bundle lacks the former) or
+            `model.ort.onnx`, whose bodies are tuned for CPUs.
         capture: replay decode steps as CUDA graphs, where ONNX Runtime can; off, every step is launched node by node.
         alias: bind one memory to input and output of a state leaf. Off, every step copies the state, for verification.
         device: number of the GPU.
@@ -165,11 +167,12 @@ class OnnxRuntimeCudaSession(OnnxRuntimeSession):
         capacity: int = 1024,
         *,
         kernels: bool | None = None,
-        graph: str = "model.onnx",
+        graph: str | None = None,
         capture: bool = True,
         alias: bool = True,
         device: int = 0,
     ) -> None:
+        graph = graph or (TUNED if TUNED in bundle.files else "model.onnx")
         if graph not in GRAPHS:
             raise InputError(f"graph is {graph!r}, expected one of {', '.join(GRAPHS)}")
         if type(device) is not int or device < 0:

@@ -15,7 +15,7 @@ from wm_runtimes.bundle import Bundle
 from wm_runtimes.session import Array, Session, first_line
 from wm_runtimes.state_buffers import Buffers
 
-GRAPHS = ("model.ort.onnx", "model.onnx")
+GRAPHS = ("model.ort.onnx", "model.onnx", "model.cuda.onnx")
 DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
