@@ -53,6 +53,7 @@ TWO_BODIES = {
     ),
 }
 FILES = ("model.onnx", "model.ort.onnx")
+FOR_GPUS = "model.cuda.onnx"
 STATE_TAPS = [
     *((op, "state") for op in ("ssd_scan", "ssd_scan_rope", "selective_scan", "causal_conv1d")),
     *((op, leaf) for op in ("attention", "attention_rope") for leaf in ("k", "v")),
@@ -178,6 +179,23 @@ def test_onnx_equals_eager_for_other_feed_forwards_and_widths(other, file, batch
     assert_onnx_equals_eager(other, file, batch, tokens)
 
 
+@pytest.mark.parametrize("tokens", [1, 65])
+def test_the_file_for_gpus_equals_eager(family, tokens):
+    assert_onnx_equals_eager(family, FOR_GPUS, 3, tokens)
+
+
+def test_the_file_for_gpus_joins_sums_with_the_norms_that_read_them(exported):
+    graphs = {file: onnx.load(exported[1] / file, load_external_data=False).graph for file in ("model.onnx", FOR_GPUS)}
+    kinds = {file: [node.op_type for node in graph.node] for file, graph in graphs.items()}
+    layers = len(load_checkpoint(exported[0])[0].layers)
+    assert kinds["model.onnx"].count("WmResidualRmsNorm") == layers
+    assert kinds[FOR_GPUS].count("WmResidualRmsNorm") == 2 * layers  # the last one is the head's
+    assert (kinds["model.onnx"].count("RMSNormalization"), kinds[FOR_GPUS].count("RMSNormalization")) == (1 + layers, 1)
+    assert "Greater" not in kinds[FOR_GPUS]
+    names = {file: {node.name for node in graph.node if node.domain == "wm"} for file, graph in graphs.items()}
+    assert names["model.onnx"] < names[FOR_GPUS]
+
+
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("tokens", [1, 65])
 def test_eager_equals_oracle_for_other_feed_forwards_and_widths(name, tokens):
@@ -239,7 +257,7 @@ def test_capacity_of_one_runs(family):
         assert_same_logits(inputs, session(bundle, file).run(["logits"], inputs)[0], eager_outputs(cfg, params, inputs)["logits"])
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", (*FILES, FOR_GPUS))
 def test_file_passes_the_full_checker_and_names_no_machine(family, file):
     _, bundle = family
     onnx.checker.check_model(str(bundle / file), full_check=True)
@@ -249,7 +267,7 @@ def test_file_passes_the_full_checker_and_names_no_machine(family, file):
         assert word not in data
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", (*FILES, FOR_GPUS))
 def test_every_op_is_a_wm_node_with_a_body(family, file):
     _, bundle = family
     model = onnx.load(bundle / file, load_external_data=False)
@@ -260,10 +278,10 @@ def test_every_op_is_a_wm_node_with_a_body(family, file):
     assert others == (joined if file == "model.ort.onnx" else set())
     assert {item.domain: item.version for item in model.opset_import}[""] == 23
     contrib = {item.domain for function in model.functions for item in function.opset_import} - {"", "wm"}
-    assert contrib == (set() if file == "model.onnx" else {"com.microsoft"})
+    assert contrib == ({"com.microsoft"} if file == "model.ort.onnx" else set())
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", (*FILES, FOR_GPUS))
 def test_every_weight_is_read_from_the_bundle_weights_file(exported, file):
     _, bundle = exported
     stored = load_file(bundle / "model.safetensors")
@@ -300,7 +318,7 @@ def leaked_sizes(graph: onnx.GraphProto) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", (*FILES, FOR_GPUS))
 def test_no_size_is_read_as_a_tensor_outside_the_bodies(family, file):
     """ONNX Runtime computes sizes on the host: one that a GPU's node read would be copied there, and no CUDA graph could be captured."""
     graph = onnx.load(family[1] / file, load_external_data=False).graph
@@ -341,11 +359,11 @@ def test_rows_times_tokens_is_counted_in_steps_of_tokens():
         np.testing.assert_array_equal(after, before)
 
 
-def test_a_bfloat16_bundle_has_the_portable_file_alone(made):
+def test_a_bfloat16_bundle_has_no_file_for_cpus(made):
     """It runs nowhere but on GPUs; that its bodies are right is seen there, and in the same bodies in float16 and float32 here."""
     bundle = made(CONFIGS["cheems-tiny-moe"], "bf16")[1]
     files = json.loads((bundle / "manifest.json").read_text())["files"]
-    assert [name for name in files if name.endswith(".onnx")] == ["model.onnx"]
+    assert [name for name in files if name.endswith(".onnx")] == ["model.cuda.onnx", "model.onnx"]
     model = onnx.load(bundle / "model.onnx", load_external_data=False)
     stored = {item.name: item for item in model.graph.initializer if item.external_data}
     kinds = {item.data_type for item in stored.values()}
