@@ -257,7 +257,7 @@ def test_capacity_of_one_runs(family):
         assert_same_logits(inputs, session(bundle, file).run(["logits"], inputs)[0], eager_outputs(cfg, params, inputs)["logits"])
 
 
-@pytest.mark.parametrize("file", (*FILES, FOR_GPUS))
+@pytest.mark.parametrize("file", [*FILES, FOR_GPUS])
 def test_file_passes_the_full_checker_and_names_no_machine(family, file):
     _, bundle = family
     onnx.checker.check_model(str(bundle / file), full_check=True)
@@ -267,7 +267,7 @@ def test_file_passes_the_full_checker_and_names_no_machine(family, file):
         assert word not in data
 
 
-@pytest.mark.parametrize("file", (*FILES, FOR_GPUS))
+@pytest.mark.parametrize("file", [*FILES, FOR_GPUS])
 def test_every_op_is_a_wm_node_with_a_body(family, file):
     _, bundle = family
     model = onnx.load(bundle / file, load_external_data=False)
@@ -281,7 +281,7 @@ def test_every_op_is_a_wm_node_with_a_body(family, file):
     assert contrib == ({"com.microsoft"} if file == "model.ort.onnx" else set())
 
 
-@pytest.mark.parametrize("file", (*FILES, FOR_GPUS))
+@pytest.mark.parametrize("file", [*FILES, FOR_GPUS])
 def test_every_weight_is_read_from_the_bundle_weights_file(exported, file):
     _, bundle = exported
     stored = load_file(bundle / "model.safetensors")
@@ -318,7 +318,7 @@ def leaked_sizes(graph: onnx.GraphProto) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("file", (*FILES, FOR_GPUS))
+@pytest.mark.parametrize("file", [*FILES, FOR_GPUS])
 def test_no_size_is_read_as_a_tensor_outside_the_bodies(family, file):
     """ONNX Runtime computes sizes on the host: one that a GPU's node read would be copied there, and no CUDA graph could be captured."""
     graph = onnx.load(family[1] / file, load_external_data=False).graph
