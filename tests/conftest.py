@@ -75,9 +75,8 @@ def too_few() -> str:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
-    """A function: configuration, dtype -> (checkpoint, bundle) with `sharp_params`, made once; "bf16" is for torch runtimes alone."""
+    """A function: configuration, dtype -> (checkpoint, bundle) with `sharp_params`, made once."""
     from helpers import sharp_params
-    from report_support import make_bfloat16
     from wm_export import export_bundle
     from wm_graph import save_checkpoint
 
@@ -86,10 +85,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, 
     def make(cfg: Any, dtype: str = "fp32") -> tuple[Path, Path]:
         if (cfg, dtype) not in folders:
             root = tmp_path_factory.mktemp("made")
-            if dtype == "bf16":
-                make_bfloat16(make(cfg)[1], root / "bundle")
-                folders[cfg, dtype] = make(cfg)[0], root / "bundle"
-                return folders[cfg, dtype]
             save_checkpoint(root / "checkpoint", cfg, sharp_params(cfg))
             export_bundle(root / "checkpoint", root / "bundle", dtype=dtype)
             folders[cfg, dtype] = root / "checkpoint", root / "bundle"

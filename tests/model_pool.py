@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from choice_margins import as_tokens, oracle_with_margins
+from cuda_bundles import missing as cuda_missing
 from hypothesis_profiles import note_compared
 from strategies_models import Drawn, drawn
 from wm_export import export_bundle
@@ -19,6 +20,7 @@ from wm_graph.params import Params, cast_params, params_from_flat
 from wm_graph.tolerances import model_limit
 from wm_runtimes import Session, availability, open_bundle, open_session
 from wm_runtimes.bundle import Bundle
+from wm_runtimes.cuda_device import cuda_device
 from wm_runtimes.snapshot import Array
 
 _ROTATED = {"rotary_dim": 2, "rope_scaling": "linear", "rope_factor": 2.0}
@@ -59,8 +61,15 @@ RUNTIMES: dict[str, dict[str, Any]] = {
     "model.onnx": {"runtime": "onnxruntime-cpu", "graph": "model.onnx", "threads": 1},
 }
 COMPILED: dict[str, dict[str, Any]] = {"compiled": {"runtime": "compiled"}}
-# The runtimes of the pool that run here, by name. Every model costs the compiler seconds for each of four graphs: it is given two.
-RUNNING = [name for name, options in (RUNTIMES | COMPILED).items() if availability(options["runtime"]) is None]
+CUDA: dict[str, dict[str, Any]] = {
+    "cuda kernels": {"runtime": "onnxruntime-cuda", "kernels": True},
+    "cuda bodies": {"runtime": "onnxruntime-cuda", "kernels": False},
+}
+_ALL = {name: given for name, given in (RUNTIMES | COMPILED | CUDA).items() if not given.get("kernels") or cuda_missing() is None}
+# The runtimes of the pool that run here, by name. Every model costs the compiler seconds for each of four graphs: it is given two. A GPU's
+# steps take as long as ONNX Runtime takes to launch some hundred nodes: it is given four, with kernels of every kind.
+RUNNING = [name for name, options in _ALL.items() if availability(options["runtime"]) is None]
+_CUDA_MODELS = ("bamba", "cheems", "jamba", "log")
 _COMPILED_MODELS = ("log", "narrow")  # a scan, a window and experts; a cache, the narrowest window and no rotation
 _TIMES_EAGER = 4  # half precision: the largest error of one run over that of another, twice the limit of R, which is of pooled runs
 # (batch, capacity): a row of a few tokens, ragged rows, rows longer than a chunk
@@ -69,11 +78,13 @@ SIZES = ((3, 26), (1, 9), (2, 70))
 
 def options_of(runtime: str) -> dict[str, Any]:
     """Arguments of `open_session` for a runtime of the pool."""
-    return (RUNTIMES | COMPILED)[runtime]
+    return (RUNTIMES | COMPILED | CUDA)[runtime]
 
 
 def models_in(runtime: str) -> Sequence[str]:
     """The models that the laws run in a runtime of the pool."""
+    if runtime in CUDA:
+        return _CUDA_MODELS
     return _COMPILED_MODELS if runtime in COMPILED else sorted(POOL)
 
 
@@ -87,6 +98,14 @@ class Expected:
     logits_TV: Array
     tied_T: Array
     slack_T: Array
+
+
+def _kernels(model: str) -> dict[str, Any]:
+    """What is asked of the exporter beside ONNX files: native kernels where sessions of this run have them."""
+    if model not in _CUDA_MODELS or "cuda kernels" not in RUNNING:
+        return {}
+    device = cuda_device()
+    return {"targets": ("onnx", "native"), "architectures": (10 * device.major + device.minor,)}
 
 
 class Member:
@@ -158,6 +177,6 @@ class Pool:
                 checkpoint = self._root / f"{name}.checkpoint"
                 if not checkpoint.exists():
                     save_checkpoint(checkpoint, self._models[name].cfg, self._models[name].params())
-                export_bundle(checkpoint, folder, dtype="fp16" if name in HALF else "fp32")
+                export_bundle(checkpoint, folder, dtype="fp16" if name in HALF else "fp32", **_kernels(name))
             self._members[name] = Member(name, folder)
         return self._members[name]

@@ -48,9 +48,27 @@ class Case:
         cast = {k: v.astype(np.float16) if v is not None and k in half else v for k, v in self.arguments.items()}
         return cast if all_of_them else {k: v for k, v in cast.items() if v is not None}
 
-    def model(self, flavour: str) -> onnx.ModelProto:
+    def in_bfloat16(self) -> onnx.ModelProto:
+        """The portable model in bfloat16, whose inputs and outputs are float32: what it computes with is cast."""
+        model = self.model("portable", TensorProto.BFLOAT16)
+        graph = model.graph
+        (node,) = graph.node
+        for values, names, kinds, first in (
+            (graph.input, node.input, TensorProto.BFLOAT16, True),
+            (graph.output, node.output, TensorProto.FLOAT, False),
+        ):
+            for value in values:
+                if value.type.tensor_type.elem_type == TensorProto.BFLOAT16:
+                    value.type.tensor_type.elem_type = TensorProto.FLOAT
+                    inner = f"{value.name}/bfloat16"
+                    names[list(names).index(value.name)] = inner
+                    ends = (value.name, inner) if first else (inner, value.name)
+                    graph.node.insert(0 if first else len(graph.node), helper.make_node("Cast", [ends[0]], [ends[1]], to=kinds))
+        return model
+
+    def model(self, flavour: str, dtype: int | None = None) -> onnx.ModelProto:
         """A model of one node, every dimension that varies at run time symbolic."""
-        t = TensorProto.FLOAT16 if self.half else TensorProto.FLOAT
+        t = dtype or (TensorProto.FLOAT16 if self.half else TensorProto.FLOAT)
         present = [n if self.arguments[n] is not None else "" for n, _ in self.module.INPUTS if n in self.arguments]
         outputs = [n for n, _ in self.module.OUTPUTS]
         node = helper.make_node(self.module.OP_TYPE, present, outputs, name="node", domain="wm", **self.attributes)

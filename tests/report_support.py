@@ -1,15 +1,10 @@
 """Models, bundles and a reader of pages that the tests of the parity page share."""
 
-import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
-
-from faults import resign
 from helpers import MODELS
 
 # A scan with its state, experts that are chosen, a window shorter than the draws, plain attention.
@@ -22,19 +17,6 @@ def make_bundles(made: Callable[..., tuple[Path, Path]]) -> dict[str, Path]:
     """Bundles of CONFIG by their dtype, and `calm`, CALM in float32."""
     dtypes = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
     return {name: made(CONFIG, dtype)[1] for name, dtype in dtypes.items()} | {"calm": made(CALM)[1]}
-
-
-def make_bfloat16(source: Path, folder: Path) -> None:
-    """A bundle of bfloat16 weights, which `wm export` does not make, beside graphs that nothing can run on them."""
-    shutil.copytree(source, folder)
-    weights = load_file(source / "model.safetensors")
-    high = ("A_log", ".A")
-    save_file({name: value if name.endswith(high) else value.bfloat16() for name, value in weights.items()}, folder / "model.safetensors")
-    manifest = json.loads((folder / "manifest.json").read_text()) | {"dtype": "bfloat16"}
-    for leaf in manifest["state"]:
-        leaf["dtype"] = "bfloat16" if leaf["kind"] in ("kv", "slot") else leaf["dtype"]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    resign(folder, "model.safetensors")
 
 
 class Page(HTMLParser):

@@ -196,7 +196,7 @@ def test_bench_measures(capfd, bundle):
 
 def test_doctor_knows_every_runtime(capfd):
     found = wm(capfd, "doctor", "--json").json
-    assert {"eager", "compiled", "onnxruntime-cpu"} <= set(found["runtimes"])
+    assert {"eager", "compiled", "onnxruntime-cpu", "onnxruntime-cuda", "native kernels"} == set(found["runtimes"])
     assert found["versions"]["torch"]
     assert found["cores"] >= 1
 

@@ -175,7 +175,6 @@ def test_kernels_are_added_to_a_bundle_and_replaced_in_it(bundle, tmp_path):
         ({"targets": ("native",)}, "needs the architectures to compile for"),
         ({"targets": ("native",), "architectures": (91,)}, "unknown architecture 91"),
         ({"targets": ("onnx",), "architectures": (90,)}, "architectures are those of target native"),
-        ({"targets": ("onnx",), "dtype": "bf16"}, "target onnx makes no bf16 files"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_before_any_work(options, message, tmp_path, monkeypatch):

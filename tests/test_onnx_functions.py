@@ -332,7 +332,7 @@ def test_bodies_of_the_other_flavour_replace_those_there() -> None:
     ("op_type", "dtype", "message"),
     [
         ("WmNothing", TensorProto.FLOAT, "no body for wm op WmNothing; known: WmRopeAngles, "),
-        ("WmAttention", TensorProto.BFLOAT16, "WmAttention node 'node': first input must be float32 or float16, found BFLOAT16"),
+        ("WmAttention", TensorProto.DOUBLE, "WmAttention node 'node': first input must be float32, float16 or bfloat16, found DOUBLE"),
     ],
 )
 def test_a_node_without_a_body_is_refused_and_the_model_left_alone(op_type: str, dtype: int, message: str) -> None:
@@ -343,3 +343,23 @@ def test_a_node_without_a_body_is_refused_and_the_model_left_alone(op_type: str,
     with pytest.raises(ValueError, match=f"^{message}"):
         onnx_functions.add_bodies(model, "portable")
     assert model.SerializeToString(deterministic=True) == before
+
+
+# bfloat16: what ONNX Runtime's CUDA provider has kernels for (docs/OperatorKernels.md of its repository, 1.31). Bodies compute in float32.
+CUDA_BFLOAT16 = {
+    "Add", "Cast", "Concat", "Expand", "Gather", "GatherElements", "GatherND", "Gemm", "Identity", "MatMul", "Mul", "RMSNormalization",
+    "Reshape", "Scan", "ScatterElements", "Shape", "Sigmoid", "Split", "Squeeze", "Transpose", "Unsqueeze",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bodies_in_bfloat16_touch_it_only_by_ops_that_cuda_has(name: str) -> None:
+    model = CASES[name](2, 5).in_bfloat16()
+    onnx.checker.check_model(model, full_check=True)
+    graph = onnx.shape_inference.infer_shapes(inline_local_functions(model), strict_mode=True).graph
+    kinds = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.input, *graph.output)}
+    touching = [node.op_type for node in graph.node if TensorProto.BFLOAT16 in {kinds.get(value) for value in (*node.input, *node.output)}]
+    assert set(touching) <= CUDA_BFLOAT16
+    takes = any(kind == "T" for _, kind in CASES[name](2, 5).module.INPUTS)
+    assert bool(touching) is takes
+    assert TensorProto.DOUBLE not in kinds.values() or name.startswith(("rope_angles", "scored_attention"))

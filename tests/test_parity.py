@@ -292,10 +292,10 @@ def test_unusable_golden_data_is_one_line(folder: Path, tmp_path: Path, change: 
 
 
 def test_unavailable_runtimes_are_listed_unless_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wm_runtimes.check.availability", lambda name: None if name == "eager" else "not here today")
+    monkeypatch.setattr("wm_runtimes.readiness.availability", lambda name: None if name == "eager" else "not here today")
     report = check_bundle(folder)
     assert report.passed
-    assert report.unavailable == {"compiled": "not here today", "onnxruntime-cpu": "not here today"}
+    assert report.unavailable == dict.fromkeys(("compiled", "onnxruntime-cpu", "onnxruntime-cuda"), "not here today")
     with pytest.raises(RuntimeUnavailableError, match="not here today"):
         check_bundle(folder, ["onnxruntime-cpu"])
     monkeypatch.undo()

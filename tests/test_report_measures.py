@@ -148,7 +148,7 @@ def test_recorded_ops_tell_the_same_bits_as_taps(bundles: dict[str, Path], runne
 def test_promoted_values_of_a_graph_are_those_of_its_names(
     bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, kept_bytes: int
 ) -> None:
-    monkeypatch.setattr("wm_runtimes.onnxruntime_cpu._KEPT_LOGITS_BYTES", kept_bytes)
+    monkeypatch.setattr("wm_runtimes.onnxruntime_session.KEPT_LOGITS_BYTES", kept_bytes)
     bundle = open_bundle(bundles["float16"])
     params = params_from_flat(CONFIG, load_tensors(bundle.path))
     (draws,) = make_draws(CONFIG.vocab_size, 2, 0, 10, 2)

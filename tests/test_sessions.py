@@ -350,7 +350,7 @@ def test_an_unknown_runtime_or_option_is_refused_with_the_known_ones(toy: Path) 
 
 
 def test_availability_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, toy: Path) -> None:
-    assert set(RUNTIMES) == {"eager", "compiled", "onnxruntime-cpu"}
+    assert set(RUNTIMES) == {"eager", "compiled", "onnxruntime-cpu", "onnxruntime-cuda"}
     assert availability("onnxruntime-cpu") is None
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RuntimeUnavailableError, match=r'pip install "wm-graph\[cpu\]"') as caught:

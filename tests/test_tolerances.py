@@ -1,7 +1,7 @@
 """Every row of the table of op limits, measured. B rows, T tokens."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from onnx_cases import CASES, Case, letters
 from wm_graph.tolerances import FLOOR_ULPS, OP_LIMITS, UNIT_ROUNDOFF, OpLimit, model_limit, op_limit
+from wm_runtimes import availability
 
 CALLS = ((3, 65), (2, 1), (1, 130), (4, 7))
 ROWS = 64  # at least as many are pooled for each op
@@ -61,6 +62,8 @@ def runners(name: str, limit: OpLimit) -> list[Callable[[Case, Values], Outputs]
         compiled = torch.compile(lambda op, inputs: op(**inputs), backend="eager", fullgraph=True, dynamic=True)
         return [lambda case, values: compiled_call(compiled, case, values)]
     case = CASES[name](1, 1, **half(limit))
+    if limit.runtime == "onnxruntime-cuda":
+        return [session_call(case, "portable", [("CUDAExecutionProvider", {"use_tf32": "0"})], limit.dtype == "bfloat16")]
     return [session_call(case, flavour) for flavour in ("portable", "ort")]
 
 
@@ -69,13 +72,20 @@ def compiled_call(compiled: Any, case: Case, values: Values) -> Outputs:
     return as_float64(compiled(getattr(torch.ops.wm, case.op).default, values | rest))
 
 
-def session_call(case: Case, flavour: str) -> Callable[[Case, Values], Outputs]:
+def session_call(
+    case: Case, flavour: str, providers: Sequence[Any] = ("CPUExecutionProvider",), bfloat16: bool = False
+) -> Callable[[Case, Values], Outputs]:
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
-    model = ort.InferenceSession(case.model(flavour).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    file = case.in_bfloat16() if bfloat16 else case.model(flavour)
+    model = ort.InferenceSession(file.SerializeToString(), options, providers=list(providers))
 
     def run(_: Case, values: Values) -> Outputs:
-        found = model.run(None, {name: value.numpy() for name, value in values.items() if value is not None})
+        given = {name: value for name, value in values.items() if value is not None}
+        # numpy has no bfloat16: the model takes the same values in float32.
+        found = model.run(
+            None, {name: (value.float() if value.dtype == torch.bfloat16 else value).numpy() for name, value in given.items()}
+        )
         return [value.astype(np.float64) for value in found]
 
     return run
@@ -135,6 +145,8 @@ class Measured:
 
 
 def measure(limit: OpLimit) -> Measured:
+    if (reason := availability(limit.runtime)) is not None:
+        pytest.skip(reason)
     measured, names = Measured(), CASES_OF[limit.op]
     rounds = -(-ROWS // (len(names) * sum(B for B, _ in CALLS)))
     for name in names:

@@ -13,6 +13,7 @@ RUNTIME_DTYPES = {
     "eager": ("float32", "float16", "bfloat16"),
     "compiled": ("float32", "float16", "bfloat16"),
     "onnxruntime-cpu": ("float32", "float16"),
+    "onnxruntime-cuda": ("float32", "float16", "bfloat16"),
     "triton": ("float32", "float16", "bfloat16"),
 }
 # Sound code is off by at most this many times what the float64 oracle moves when each weight moves by up to u: in rms, and at the worst
@@ -148,6 +149,7 @@ _RUNTIMES: dict[str, tuple[float, float, float, str]] = {
     "eager": (1.0, 1.0, CHOICE, "the reference's arithmetic"),
     "compiled": (1.0, 1.0, CHOICE, "ops are opaque to the compiler: the same code"),
     "onnxruntime-cpu": (2.0, 1.5, CHOICE, "other orders of summation; exp and softmax of another library"),
+    "onnxruntime-cuda": (2.0, 1.5, CHOICE, "other orders of summation, in Triton's kernels and in ONNX Runtime's; exp of another library"),
     "triton": (2.0, 1.5, CHOICE, "other orders of summation: float32 products of a GPU are added one after another"),
 }
 _CHOOSING = ("keep_window_attention", "product_key_topk", "router_topk")
@@ -169,11 +171,14 @@ MODEL_LIMITS: tuple[ModelLimit, ...] = (
     ModelLimit("float32", "eager", 1.05, 1e-4, 1e-3, "the same arithmetic as the yardstick, in place"),
     ModelLimit("float32", "compiled", 2.0, 1e-4, 1e-3, "fused norms and activations round elsewhere"),
     ModelLimit("float32", "onnxruntime-cpu", 2.0, 1e-4, 1e-3, "other matrix products, other orders of summation"),
+    ModelLimit("float32", "onnxruntime-cuda", 2.0, 1e-4, 1e-3, "other matrix products, other orders of summation; no TF32"),
     ModelLimit("float16", "eager", 1.05, 5e-2, 2e-2, "the same arithmetic as the yardstick, in place"),
     ModelLimit("float16", "compiled", 1.5, 5e-2, 2e-2, "fused operations keep float32 between steps that eager rounds"),
     ModelLimit("float16", "onnxruntime-cpu", 1.0, 5e-2, 2e-2, "bodies and matrix products in float32, rounded between nodes: 0.2 to 0.8"),
+    ModelLimit("float16", "onnxruntime-cuda", 1.5, 5e-2, 2e-2, "products of another library, rounded where eager rounds"),
     ModelLimit("bfloat16", "eager", 1.05, 3e-1, 1.5e-1, "the yardstick's arithmetic, in place; 5.2 % of choices in cheems-20m-moe"),
     ModelLimit("bfloat16", "compiled", 1.5, 3e-1, 1.5e-1, "fused operations keep float32 between steps that eager rounds: 0.71 to 0.94"),
+    ModelLimit("bfloat16", "onnxruntime-cuda", 1.5, 3e-1, 1.5e-1, "products of another library, rounded where eager rounds"),
 )
 
 _HALF = "an op computes in float32 and rounds once, to a quarter of R's floor: sound runtimes stay below 0.5"

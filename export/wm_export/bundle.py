@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from wm_export import native
 from wm_export.golden import golden_data
 from wm_export.program import Program, export_program, next_name
-from wm_export.to_onnx import FILES, onnx_from_program
+from wm_export.to_onnx import FILES, Graph, graphs_of, onnx_from_program
 from wm_export.weights import write_weights
 from wm_graph.checkpoints import WEIGHTS, load_checkpoint, load_tensors, new_folder, read_json
 from wm_graph.config import ModelConfig
@@ -54,7 +54,7 @@ def export_bundle(
         checkpoint: folder with config.json and model.safetensors, and optionally tokenizer.json and generation.json.
         bundle: the folder to make; must not exist, or be empty.
         targets: what to make; `onnx` is both ONNX files, `native` the kernels of the model's graph, compiled.
-        dtype: `fp32`, `fp16` or, without `onnx`, `bf16`: the dtype of weights, caches and arithmetic.
+        dtype: `fp32`, `fp16` or `bf16`: the dtype of weights, caches and arithmetic.
         architectures: that `native` compiles for: 80 for sm_80, and so on.
         progress: called with a stage's name and the fraction done.
 
@@ -157,7 +157,7 @@ def _write_targets(
         made["native"] = native.write_native(program, architectures, kernels, lambda done: tell("compiling kernels", 0.45 + 0.25 * done))
     if "onnx" in targets:
         tell("exporting to ONNX", 0.7)
-        _write_onnx(program, folder, prefix)
+        _write_onnx(program, graphs_of(dtype), folder, prefix)
     return made
 
 
@@ -169,8 +169,6 @@ def _check_options(targets: Sequence[str], dtype: str, architectures: Sequence[i
     for target in targets:
         if target not in TARGETS:
             raise ExportError(f"unknown target {target!r}; choose from {', '.join(TARGETS)}")
-    if dtype == "bf16" and "onnx" in targets:
-        raise ExportError("target onnx makes no bf16 files; choose fp32 or fp16, or target native alone")
     if "native" in targets:
         native.check_architectures(architectures)
     elif architectures:
@@ -193,18 +191,18 @@ def _copy_text(checkpoint: Path, scratch: Path) -> dict[str, Any]:
     return {"tokens": _NO_TOKENS | dict(extra.get("tokens") or {}), "chat_template": extra.get("chat_template")}
 
 
-def _write_onnx(program: Program, folder: Path, prefix: str = "") -> None:
-    """Write both ONNX files beside the weights, and check them there: the checker follows no links to external data."""
-    for flavour, proto in onnx_from_program(program, folder / WEIGHTS, WEIGHTS).items():
+def _write_onnx(program: Program, graphs: Sequence[Graph], folder: Path, prefix: str = "") -> None:
+    """Write ONNX files beside the weights, and check them there: the checker follows no links to external data."""
+    for graph, proto in onnx_from_program(program, folder / WEIGHTS, WEIGHTS, graphs).items():
         data = proto.SerializeToString(deterministic=True)
         if len(data) > HEADER_LIMIT:
-            raise ExportError(f"{FILES[flavour]}: header of {len(data)} bytes, expected at most {HEADER_LIMIT}; a weight was stored inside")
-        file = folder / f"{prefix}{FILES[flavour]}"
+            raise ExportError(f"{FILES[graph]}: header of {len(data)} bytes, expected at most {HEADER_LIMIT}; a weight was stored inside")
+        file = folder / f"{prefix}{FILES[graph]}"
         file.write_bytes(data)
         try:
             onnx.checker.check_model(str(file), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            raise ExportError(f"{FILES[flavour]}: does not pass onnx.checker ({str(error).splitlines()[0]})") from error
+            raise ExportError(f"{FILES[graph]}: does not pass onnx.checker ({str(error).splitlines()[0]})") from error
 
 
 def _manifest(cfg: ModelConfig, dtype: torch.dtype, extra: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -1,11 +1,43 @@
-"""Rewrites of the main graph of `model.ort.onnx` that make onnxruntime faster; the ops' own bodies are in wm_kernels."""
+"""Rewrites of the main graphs that ONNX Runtime runs, on CPUs and on GPUs, that make it faster; the ops' own bodies are in wm_kernels."""
 
 import numpy as np
 import onnx
 
-from wm_kernels.onnx_body import MICROSOFT
+from wm_kernels.onnx_body import DOMAIN, MICROSOFT
 
 SCANS = ("WmSsdScan", "WmSsdScanRope")
+
+
+def multiply_on_host(proto: onnx.ModelProto) -> None:
+    """Range(0, n T, T) in place of Range(0, n, 1) * T for sizes n and T: the product of sizes is then no longer taken on the device.
+
+    A size that a GPU's node reads would have to be copied there, and ONNX Runtime captures no CUDA graph of a model that copies.
+    """
+    graph, make = proto.graph, onnx.helper.make_node
+    made = {output: node for node in graph.node for output in node.output}
+    for node in list(graph.node):
+        if node.op_type != "Mul":
+            continue
+        first, second = (made.get(name) for name in node.input)
+        if second is None or first is None or first.op_type != "Range" or second.op_type != "Squeeze" or not _counts(proto, first):
+            continue
+        end, place = f"{node.name}/end", list(graph.node).index(node)
+        product = make("Mul", [first.input[1], node.input[1]], [end], name=end)
+        steps = make("Range", [first.input[0], end, node.input[1]], list(node.output), name=node.name)
+        graph.node.remove(node)
+        for new in (steps, product):
+            graph.node.insert(place, new)
+        if not any(first.output[0] in other.input for other in graph.node):
+            graph.node.remove(first)
+
+
+def _counts(proto: onnx.ModelProto, node: onnx.NodeProto) -> bool:
+    """Whether a Range is 0, 1, 2, ..."""
+    known = {item.name: item for item in proto.graph.initializer}
+    constants = [item for item in proto.graph.node if item.op_type == "Constant" and item.attribute[0].HasField("t")]
+    known |= {item.output[0]: item.attribute[0].t for item in constants}
+    ends = [known.get(name) for name in (node.input[0], node.input[2])]
+    return [None if end is None else int(onnx.numpy_helper.to_array(end)) for end in ends] == [0, 1]
 
 
 def tune_for_onnxruntime(proto: onnx.ModelProto) -> None:
@@ -14,6 +46,47 @@ def tune_for_onnxruntime(proto: onnx.ModelProto) -> None:
     _drop_thresholds_of_softplus(proto)
     _map_tied_head_apart(proto)
     _mask_steps_once(proto)
+
+
+def tune_for_cuda(proto: onnx.ModelProto) -> None:
+    """Rewrite the main graph in place for ONNX Runtime's CUDA provider, where a decode step costs what its many small nodes cost."""
+    _drop_thresholds_of_softplus(proto)
+    _join_sums_into_residual_norms(proto)
+
+
+def _join_sums_into_residual_norms(proto: onnx.ModelProto) -> None:
+    """Make a WmResidualRmsNorm of x + scale * residual and the norm that reads it, in models that have such nodes for the same call.
+
+    The layers' own end with the sum, the next begins with the norm. The node rounds the sum once where the two rounded it twice.
+    """
+    graph, make = proto.graph, onnx.helper.make_node
+    known = {(_epsilon(node, "eps"), bool(node.input[2])) for node in graph.node if node.op_type == "WmResidualRmsNorm"}
+    constants = {item.name for item in graph.initializer}
+    made = {output: node for node in graph.node for output in node.output}
+    readers: dict[str, int] = {}
+    for name in [*(name for node in graph.node for name in node.input), *(output.name for output in graph.output)]:
+        readers[name] = readers.get(name, 0) + 1
+    for norm in [node for node in graph.node if node.op_type == "RMSNormalization"]:
+        total = made.get(norm.input[0])
+        if total is None or total.op_type != "Add" or constants.intersection(total.input) or norm.input[1] not in constants:
+            continue
+        x, residual, scale = total.input[0], total.input[1], ""
+        product = made.get(residual)
+        if product is not None and product.op_type == "Mul" and readers[residual] == 1 and product.input[0] in constants:
+            scale, residual = product.input
+        if (_epsilon(norm, "epsilon"), bool(scale)) not in known:
+            continue
+        outputs = [norm.output[0], total.output[0]]
+        joined = make("WmResidualRmsNorm", [x, residual, scale, norm.input[1]], outputs, name=f"{norm.name}/joined", domain=DOMAIN)
+        joined.attribute.append(onnx.helper.make_attribute("eps", _epsilon(norm, "epsilon")))
+        graph.node.remove(norm)
+        total.CopyFrom(joined)
+        if scale:
+            graph.node.remove(product)
+
+
+def _epsilon(node: onnx.NodeProto, name: str) -> float:
+    return float(next(item.f for item in node.attribute if item.name == name))
 
 
 def _join_sums_with_norms(proto: onnx.ModelProto) -> None:

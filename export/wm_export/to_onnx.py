@@ -3,7 +3,7 @@
 import json
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,16 +16,25 @@ from onnx_ir import passes
 from onnx_ir.passes import common as passes_common
 from onnxscript import opset23
 
-from wm_export.onnxruntime_graph import tune_for_onnxruntime
+from wm_export.onnxruntime_graph import multiply_on_host, tune_for_cuda, tune_for_onnxruntime
 from wm_export.program import Program
 from wm_graph.errors import ExportError
 from wm_graph.quiet import quiet_libraries
 from wm_graph.taps import OP_OUTPUTS, TapNames
-from wm_kernels.onnx_body import MICROSOFT
+from wm_kernels.onnx_body import MICROSOFT, Flavour
 from wm_kernels.onnx_functions import OPSET, TRANSLATIONS, add_bodies
 
-Flavour = Literal["portable", "ort"]
-FILES: dict[Flavour, str] = {"portable": "model.onnx", "ort": "model.ort.onnx"}
+Graph = Literal["portable", "ort", "cuda"]
+FILES: dict[Graph, str] = {"portable": "model.onnx", "ort": "model.ort.onnx", "cuda": "model.cuda.onnx"}
+_BODIES: dict[Graph, Flavour] = {"portable": "portable", "ort": "ort", "cuda": "portable"}
+_TUNE: dict[Graph, Callable[[onnx.ModelProto], None]] = {"ort": tune_for_onnxruntime, "cuda": tune_for_cuda}
+
+
+def graphs_of(dtype: torch.dtype) -> tuple[Graph, ...]:
+    """The files of a dtype: one of them is for ONNX Runtime on CPUs, which has no bfloat16."""
+    return tuple(graph for graph in FILES if graph != "ort" or dtype != torch.bfloat16)
+
+
 _SCOPE = re.compile(r"layers\.\d+")
 
 
@@ -52,13 +61,16 @@ def stored_tensors(weights: Path) -> dict[str, StoredTensor]:
     return places
 
 
-def onnx_from_program(program: Program, weights: Path, weights_name: str) -> dict[Flavour, onnx.ModelProto]:
-    """Both ONNX files of a model, as headers that read their weights from a safetensors file beside them.
+def onnx_from_program(
+    program: Program, weights: Path, weights_name: str, graphs: Sequence[Graph] = tuple(FILES)
+) -> dict[Graph, onnx.ModelProto]:
+    """The ONNX files of a model, as headers that read their weights from a safetensors file beside them.
 
     Args:
         program: the exported program; its parameters carry checkpoint names behind `model.`.
         weights: the safetensors file, already written.
         weights_name: its name relative to the ONNX files.
+        graphs: which of them.
 
     Raises:
         ExportError: the exporter changed the opset behind our back, or a parameter is not in the weights.
@@ -68,15 +80,16 @@ def onnx_from_program(program: Program, weights: Path, weights_name: str) -> dic
     _fold_shapes(model)
     _name_values(model, program)
     _strip(model)
-    protos: dict[Flavour, onnx.ModelProto] = {}
-    for flavour in FILES:
+    protos: dict[Graph, onnx.ModelProto] = {}
+    for graph in graphs:
         proto = ir.serde.serialize_model(model)
-        if flavour == "ort":
-            tune_for_onnxruntime(proto)
-        add_bodies(proto, flavour)
+        multiply_on_host(proto)
+        if graph in _TUNE:
+            _TUNE[graph](proto)
+        add_bodies(proto, _BODIES[graph])
         _name_absent_inputs(proto)
         _declare_opsets(proto)
-        protos[flavour] = proto
+        protos[graph] = proto
     return protos
 
 

@@ -22,6 +22,7 @@ OPSET = 23
 MICROSOFT = "com.microsoft"
 FLOAT = int(TensorProto.FLOAT)
 FLOAT16 = int(TensorProto.FLOAT16)
+BFLOAT16 = int(TensorProto.BFLOAT16)
 DOUBLE = int(TensorProto.DOUBLE)
 INT32 = int(TensorProto.INT32)
 INT64 = int(TensorProto.INT64)

@@ -16,7 +16,7 @@ from wm_kernels.expert_mix import onnx_function as expert_mix
 from wm_kernels.gated_rms_norm import onnx_function as gated_rms_norm
 from wm_kernels.keep_window_attention import onnx_function as keep_window_attention
 from wm_kernels.moe_mix import onnx_function as moe_mix
-from wm_kernels.onnx_body import DOMAIN, FLOAT, FLOAT16, OPSET, Flavour
+from wm_kernels.onnx_body import BFLOAT16, DOMAIN, FLOAT, FLOAT16, OPSET, Flavour
 from wm_kernels.product_key_topk import onnx_function as product_key_topk
 from wm_kernels.residual_rms_norm import onnx_function as residual_rms_norm
 from wm_kernels.rope import onnx_function as rope
@@ -64,7 +64,7 @@ def add_bodies(model: onnx.ModelProto, flavour: Flavour) -> None:
         flavour: "portable" for standard ops of opset 23, "ort" to allow com.microsoft ops, which the functions then import in version 1.
 
     Raises:
-        ValueError: an op has no body, or a node's dtype is missing or neither float32 nor float16.
+        ValueError: an op has no body, or a node's dtype is missing or none of float32, float16 and bfloat16.
     """
     twins = ir.serde.deserialize_model(model).graph  # the same nodes, whose inputs know their dtypes
     calls = [(node, _variant(twin)) for node, twin in zip(model.graph.node, twins, strict=True) if node.domain == DOMAIN]
@@ -106,7 +106,7 @@ def _variant(node: ir.Node) -> dict[str, Any]:
 def _dtype(node: ir.Node) -> int:
     first = node.inputs[0]
     dtype = None if first is None or first.dtype is None else int(first.dtype)
-    if dtype not in (FLOAT, FLOAT16):
+    if dtype not in (FLOAT, FLOAT16, BFLOAT16):
         found = "no dtype" if dtype is None else onnx.TensorProto.DataType.Name(dtype)
-        raise ValueError(f"{node.op_type} node {node.name!r}: first input must be float32 or float16, found {found}")
+        raise ValueError(f"{node.op_type} node {node.name!r}: first input must be float32, float16 or bfloat16, found {found}")
     return dtype

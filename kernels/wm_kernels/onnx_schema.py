@@ -32,7 +32,7 @@ def wm_op(
         1,
         inputs=[OpSchema.FormalParameter(n, t, param_option=option.Optional if n in optional else option.Single) for n, t in inputs],
         outputs=[OpSchema.FormalParameter(n, t) for n, t in outputs],
-        type_constraints=[(FLOAT_T, ["tensor(float)", "tensor(float16)"], "")],
+        type_constraints=[(FLOAT_T, ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
         attributes=[OpSchema.Attribute(n, _ATTRIBUTE_TYPES[t], "") for n, t in (attributes or {}).items()],
     )
     return onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), name, schema)

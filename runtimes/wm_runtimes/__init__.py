@@ -47,6 +47,7 @@ _SESSIONS = {
     "eager": ("torch_runtimes", "EagerSession"),
     "compiled": ("torch_runtimes", "CompiledSession"),
     "onnxruntime-cpu": ("onnxruntime_cpu", "OnnxRuntimeCpuSession"),
+    "onnxruntime-cuda": ("onnxruntime_cuda", "OnnxRuntimeCudaSession"),
 }
 
 
@@ -101,8 +102,13 @@ def availability(runtime: str) -> str | None:
         InputError: the runtime is unknown.
     """
     _check_known(runtime)
-    reason: str | None = import_module(f"wm_runtimes.{_SESSIONS[runtime][0]}").availability(runtime)
+    reason: str | None = import_module(f"wm_runtimes.{module_of(runtime)}").availability(runtime)
     return reason
+
+
+def module_of(runtime: str) -> str:
+    """The module of a runtime: it has `availability`, and where a bundle may ask for more than is here, `bundle_reason`."""
+    return _SESSIONS[runtime][0]
 
 
 def _check_known(runtime: str) -> None:

@@ -28,6 +28,7 @@ from wm_graph.tolerances import FLOOR_ULPS, UNIT_ROUNDOFF, one_run_R
 from wm_runtimes import availability
 from wm_runtimes.bundle import Bundle
 from wm_runtimes.findings import ORACLE, Finding, Report, Target
+from wm_runtimes.labels import runs_graphs
 from wm_runtimes.op_calls import SELECTING, Call, Step, token_mask
 from wm_runtimes.op_checks import Check, Judge, distance
 from wm_runtimes.op_probes import OnnxProbe, Probe, TorchProbe, Wanted
@@ -144,8 +145,8 @@ class _Side:
         self.swept: list[Step] = []
         calls = reference.model.calls
         self._probe: Probe | None = None
-        if target.runtime == "onnxruntime-cpu":
-            self._probe = OnnxProbe(target.bundle, target.graph, calls)
+        if runs_graphs(target.runtime):
+            self._probe = OnnxProbe(target.bundle, target.label, calls)
         elif target.runtime != ORACLE:
             self._probe = TorchProbe(target.bundle, target.runtime, calls)
         self.judge = Judge(reference.model, target.runtime)

@@ -5,7 +5,7 @@ B rows, T tokens, V vocabulary.
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,11 +14,15 @@ import numpy as np
 from wm_graph.errors import BundleError, InputError, RuntimeUnavailableError
 from wm_graph.shapes import count_parameters, parameter_shapes, state_leaves
 from wm_graph.tolerances import model_limit
-from wm_runtimes import RUNTIMES, availability, open_session
+from wm_runtimes import RUNTIMES, open_session
 from wm_runtimes.bundle import Bundle, open_bundle
 from wm_runtimes.choice_names import choice_names
+from wm_runtimes.cuda_device import native_of, ops_without_kernels
 from wm_runtimes.draws import Array, Draws, SessionRunner, Trace, run_draws
 from wm_runtimes.file_checks import check_safetensors
+from wm_runtimes.labels import WAYS, runs_graphs
+from wm_runtimes.onnxruntime_session import GRAPHS
+from wm_runtimes.readiness import unready
 from wm_runtimes.selections import Verdict
 
 # Two float64 runs of the same weights, on machines that sum in other orders, as a fraction of the logits' scale.
@@ -143,26 +147,13 @@ def _choose(bundle: Bundle, runtimes: Sequence[str] | None) -> tuple[list[str], 
         for name in runtimes:
             _require(bundle, name)
         return list(dict.fromkeys(runtimes)), {}
-    reasons = {name: _reason(bundle, name) for name in RUNTIMES}
+    reasons = {name: unready(bundle, name) for name in RUNTIMES}
     return [name for name, reason in reasons.items() if reason is None], {name: reason for name, reason in reasons.items() if reason}
 
 
 def _require(bundle: Bundle, name: str) -> None:
-    if reason := _reason(bundle, name):
+    if reason := unready(bundle, name):
         raise RuntimeUnavailableError(f"{name}: {reason}")
-
-
-def _reason(bundle: Bundle, name: str) -> str | None:
-    """Why a runtime cannot run this bundle here, or None."""
-    if reason := availability(name):
-        return reason
-    try:
-        model_limit(bundle.dtype, name)
-    except KeyError:
-        return f"does not run {bundle.dtype} bundles"
-    if name.startswith("onnxruntime") and not any(file.endswith(".onnx") for file in bundle.files):
-        return "the bundle has no ONNX file; add one with `wm export --into BUNDLE --targets onnx`"
-    return None
 
 
 def _read_golden(bundle: Bundle) -> _Golden:
@@ -193,15 +184,28 @@ def _read_golden(bundle: Bundle) -> _Golden:
 
 
 def _check_runtime(bundle: Bundle, golden: _Golden, name: str) -> list[CheckRow]:
-    """Golden logits through a runtime; for ONNX Runtime both graphs, and the state in place against the state copied."""
-    if name != "onnxruntime-cpu":
+    """Golden logits through a runtime; for ONNX Runtime each way to run, and the state in place against the state copied.
+
+    On a GPU, steps in place are replayed as CUDA graphs and copying ones are not, so that these two are compared as well.
+    """
+    if not runs_graphs(name):
         return [_compare(bundle, golden, name, name, _run(bundle, golden, name))]
     rows = []
-    for graph in (file for file in ("model.ort.onnx", "model.onnx") if file in bundle.files):
-        in_place, copying = (_run(bundle, golden, name, graph=graph, alias=alias) for alias in (True, False))
-        rows.append(_compare(bundle, golden, f"{name} {graph}", name, in_place, graph=graph))
-        rows.append(_same(f"{name} {graph} in place", in_place.logits_BTV, copying.logits_BTV))
+    for what, options in _ways(bundle, name):
+        in_place, copying = (_run(bundle, golden, name, alias=alias, **options) for alias in (True, False))
+        rows.append(_compare(bundle, golden, what, name, in_place, **options))
+        rows.append(_same(f"{what} in place", in_place.logits_BTV, copying.logits_BTV))
     return rows
+
+
+def _ways(bundle: Bundle, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What is checked of a runtime of graphs, and the options of its sessions."""
+    if name == "onnxruntime-cpu":
+        yield from ((f"{name} {graph}", {"graph": graph}) for graph in GRAPHS[:2] if graph in bundle.files)
+        return
+    if native_of(bundle.manifest) is not None:
+        yield (name, {}) if ops_without_kernels(bundle.manifest) else (f"{name}:kernels", WAYS[name]["kernels"])
+    yield f"{name}:bodies", WAYS[name]["bodies"]
 
 
 def _run(bundle: Bundle, golden: _Golden, name: str, **options: Any) -> Trace:

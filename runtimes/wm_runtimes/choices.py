@@ -17,6 +17,7 @@ from wm_graph.state import State, zero_state
 from wm_graph.taps import Taps
 from wm_runtimes.choice_names import selecting_calls
 from wm_runtimes.draws import Array, Choices, Draws, SessionRunner, Trace, run_draws
+from wm_runtimes.labels import runs_graphs
 from wm_runtimes.session import Session
 from wm_runtimes.tap_runners import PromotedValues, RecordedOps
 
@@ -68,8 +69,8 @@ class TellingSession:
     def __init__(self, session: Session, names: Iterable[str], options: Mapping[str, Any]) -> None:
         self._session, self._names = session, tuple(names)
         self._promoted: PromotedValues | None = None
-        if self._names and session.runtime == "onnxruntime-cpu":
-            self._promoted = PromotedValues(session.bundle, session.batch, session.capacity, self._names, **options)
+        if self._names and runs_graphs(session.runtime):
+            self._promoted = PromotedValues(session.bundle, session.batch, session.capacity, self._names, session.runtime, **options)
 
     def run(self, draws: Draws) -> Trace:
         """The session's logits and times, and its choices."""

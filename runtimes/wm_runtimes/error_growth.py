@@ -18,7 +18,7 @@ from wm_runtimes.bundle import Bundle
 from wm_runtimes.choice_names import choice_names
 from wm_runtimes.choices import EagerRunner
 from wm_runtimes.draws import Array, Choices, Draws, Runner, SessionRunner, run_draws
-from wm_runtimes.labels import graph_option, open_labelled, runtime_of
+from wm_runtimes.labels import open_labelled, runs_graphs, runtime_of, way_options
 from wm_runtimes.op_parity import YARDSTICK, TellingOracle
 from wm_runtimes.parity import Progress, over_limits
 from wm_runtimes.selections import Verdict
@@ -201,14 +201,14 @@ class _Growth:
             else:
                 session = stack.enter_context(open_labelled(self.bundle, name, rows, length))
                 runner = SessionRunner(session)
-                if self.choices and session.runtime != "onnxruntime-cpu":
+                if self.choices and not runs_graphs(session.runtime):
                     runner = RecordedOps(runner, self.choices, self.recorded)
                     stack.enter_context(runner.recording())
             kept = _KeptSteps(runner, self.marks)
             choices = run_draws(kept, self.draws).choices
-            if self.choices and name != YARDSTICK and runtime_of(name) == "onnxruntime-cpu":
-                promoted = stack.enter_context(closing(PromotedValues(self.bundle, rows, length, self.choices, **graph_option(name))))
-                choices = run_draws(_KeptSteps(promoted, ()), self.draws).choices
+            if self.choices and name != YARDSTICK and runs_graphs(name):
+                promoted = PromotedValues(self.bundle, rows, length, self.choices, runtime_of(name), **way_options(name))
+                choices = run_draws(_KeptSteps(stack.enter_context(closing(promoted)), ()), self.draws).choices
         return np.stack(kept.logits, 1).astype(np.float64), choices
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from wm_runtimes.bundle import Bundle
 from wm_runtimes.json_values import json_values
 from wm_runtimes.labels import split_label
-from wm_runtimes.onnxruntime_cpu import GRAPHS
+from wm_runtimes.onnxruntime_session import GRAPHS
 
 ORACLE = "oracle"
 
@@ -18,27 +18,27 @@ class Target:
     Attributes:
         bundle: an open bundle.
         runtime: a key of `RUNTIMES`, or `oracle`, the float64 references, which are right by definition.
-        graph: which ONNX file, for runtimes of one.
+        way: which of the runtime's ways to run, as labels name them; empty for its own choice.
     """
 
     bundle: Bundle
     runtime: str
-    graph: str = ""
+    way: str = ""
 
     @property
     def label(self) -> str:
         """As `--a` and `--b` take it."""
-        return f"{self.runtime}:{self.graph}" if self.graph and self.graph != GRAPHS[0] else self.runtime
+        return f"{self.runtime}:{self.way}" if self.way else self.runtime
 
 
 def parse_target(bundle: Bundle, text: str) -> Target:
-    """`eager`, `oracle`, `onnxruntime-cpu`, `onnxruntime-cpu:model.onnx`.
+    """`eager`, `oracle`, `onnxruntime-cpu`, `onnxruntime-cpu:model.onnx`, `onnxruntime-cuda:bodies`.
 
     Raises:
-        ConfigError: there is no such runtime or graph.
+        ConfigError: there is no such runtime or way.
     """
-    runtime, graph = split_label(text, (ORACLE,))
-    return Target(bundle, runtime, graph or (GRAPHS[0] if runtime == "onnxruntime-cpu" else ""))
+    runtime, way = split_label(text, (ORACLE,))
+    return Target(bundle, runtime, "" if way == GRAPHS[0] else way)
 
 
 @dataclass(frozen=True)

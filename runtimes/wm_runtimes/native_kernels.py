@@ -83,21 +83,38 @@ class DeviceTensor:
         return cls(tensor.data_ptr(), tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
 
-def find_library() -> Path:
-    """The built library: what the environment variable WM_KERNELS_LIBRARY names, else that of the checkout's build/cpp.
+def find_library(name: str = "libwm_kernels.so") -> Path:
+    """A built library: beside what the environment variable WM_KERNELS_LIBRARY names, else that of the checkout's build/cpp.
+
+    Args:
+        name: `libwm_kernels.so`, or `libwm_kernels_onnxruntime.so` for ONNX Runtime's ops.
 
     Raises:
         RuntimeUnavailableError: there is none.
     """
     named = os.environ.get(LIBRARY)
     path = Path(named) if named else Path(__file__).parents[2] / "build" / "cpp" / "libwm_kernels.so"
+    if name != "libwm_kernels.so":
+        path = path.with_name(name)
     if not path.is_file():
-        raise RuntimeUnavailableError(f"{path} is not there; build it with make cpp, or name the library in {LIBRARY}")
+        raise RuntimeUnavailableError(f"{path} is not there; build it with make cpp, or name libwm_kernels.so beside it in {LIBRARY}")
     return path
 
 
+def check_library() -> None:
+    """Find the library and load it.
+
+    Raises:
+        RuntimeUnavailableError: it is not there, cannot be loaded, or is of another version.
+    """
+    _load(find_library())
+
+
 def _load(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise RuntimeUnavailableError(f"{path} cannot be loaded ({error}); build it here with make cpp") from error
     version = library.wmk_abi_version()
     if version != ABI_VERSION:
         raise RuntimeUnavailableError(f"{path} has ABI version {version}, expected {ABI_VERSION}; build it again with make cpp")

@@ -1,22 +1,19 @@
 """Session on ONNX Runtime's CPU provider: the state stays in place, one buffer bound as input and output. Imports no torch and no onnx."""
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from wm_graph.errors import BundleError, InputError, RuntimeUnavailableError
+from wm_graph.errors import InputError, RuntimeUnavailableError
 from wm_runtimes.bundle import Bundle, StateLeaf
 from wm_runtimes.huge_pages import private_memory, use_huge_pages
-from wm_runtimes.session import Array, Session, first_line
+from wm_runtimes.onnxruntime_session import GRAPHS, OnnxRuntimeSession
+from wm_runtimes.session import Array
 from wm_runtimes.state_buffers import StateBuffers
 
-GRAPHS = ("model.ort.onnx", "model.onnx")
-_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64, "tensor(int64)": np.int64}
+PROVIDER = "CPUExecutionProvider"
 _BLOCK = 256  # tokens of one row that run at once
-_KEPT_BINDINGS = 8
-_KEPT_LOGITS_BYTES = 16_000_000
 
 
 def availability(runtime: str = "onnxruntime-cpu") -> str | None:
@@ -25,6 +22,12 @@ def availability(runtime: str = "onnxruntime-cpu") -> str | None:
 
     if find_spec("onnxruntime") is None:
         return 'onnxruntime is not installed; install it with `pip install "wm-graph[cpu]"`'
+    try:
+        import onnxruntime
+    except ImportError as error:
+        return f'onnxruntime cannot be imported ({error}); install it again with `pip install "wm-graph[cpu]"`'
+    if PROVIDER not in onnxruntime.get_available_providers():
+        return f"the installed onnxruntime has no {PROVIDER}; install another build of it"
     return None
 
 
@@ -40,15 +43,20 @@ class _Binding:
     logits_BSV: Array
     copies: tuple[tuple[Array, Array], ...]  # (state rows, fresh values) of leaves that are not aliased
 
+    @property
+    def logits_bytes(self) -> int:
+        """See `onnxruntime_session.Binding`."""
+        return self.logits_BSV.nbytes
 
-class OnnxRuntimeCpuSession(Session):
+
+class OnnxRuntimeCpuSession(OnnxRuntimeSession):
     """A session that runs an ONNX graph of the bundle on the CPU.
 
     Args:
         bundle: the bundle.
         batch: number of rows.
         capacity: most tokens per row.
-        graph: `model.ort.onnx` (bodies tuned for ONNX Runtime, the default) or `model.onnx` (standard ops).
+        graph: `model.ort.onnx` (bodies tuned for ONNX Runtime, the default), `model.onnx` (standard ops) or `model.cuda.onnx` (for GPUs).
         threads: intra-op threads; None leaves it to ONNX Runtime.
         prepack: let ONNX Runtime rearrange weights into a private copy, on huge pages where the kernel gives them, which makes a step
             some 10 % faster. Off, it computes from the mapped file: opening is instant (SmolLM2-135M: 0.3 s instead of 1.8 s), and
@@ -90,89 +98,29 @@ class OnnxRuntimeCpuSession(Session):
             raise InputError(f"threads is {threads!r}, expected an integer of at least 1")
         self._options: dict[str, Any] = {"threads": threads, "prepack": prepack, "spin": spin}
         self._alias = alias
-        self._path = bundle.file(graph)
         before = private_memory()
-        self._model = self._open({})
+        super().__init__(bundle, batch, capacity, graph)
         if prepack:
             use_huge_pages(since=before)
-        super().__init__(bundle, batch, capacity)
-        self._logits_type = _NUMPY[self._check_signature()]
         # A layer's values of a block stay in the processor's cache: prefills of 512 tokens take 6 % less (SmolLM2-135M, Mamba2-115M).
         # A window is sorted anew in every run, which takes more than that (cheems-20m: 15 %). Several rows do not fit and run whole.
         self._block = capacity if any(leaf.kind == "slot" for leaf in bundle.state) else _BLOCK
 
-    def placement(self) -> dict[str, list[str]]:
-        """Execution provider -> names of its nodes, after ONNX Runtime's optimisation. Opens the model a second time."""
-        self._check_open()
-        recording = self._open({"session.record_ep_graph_assignment_info": "1"})
-        placed: dict[str, list[str]] = {}
-        for part in recording.get_provider_graph_assignment_info():
-            placed.setdefault(part.ep_name, []).extend(node.name for node in part.get_nodes())
-        return placed
-
-    def close(self) -> None:
-        """Free the state and the model; later calls are refused."""
-        super().close()
-        self._model = None
-
-    def _open(self, entries: dict[str, str]) -> Any:
+    def _session_options(self) -> Any:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # a failure comes as an exception; the log would repeat it over many lines
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         if self._options["threads"] is not None:
             options.intra_op_num_threads = self._options["threads"]
         if not self._options["prepack"]:
             options.add_session_config_entry("session.disable_prepacking", "1")
         spin = {"session.intra_op.spin_duration_us": "1000"} if self._options["spin"] else {"session.intra_op.allow_spinning": "0"}
-        for key, value in {**spin, **entries}.items():
+        for key, value in spin.items():
             options.add_session_config_entry(key, value)
-        try:
-            return onnxruntime.InferenceSession(self._source(), options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise BundleError(f"{self._path}: ONNX Runtime cannot open it: {first_line(error)}; export the bundle again") from error
+        return options
 
-    def _source(self) -> str | bytes:
-        """What ONNX Runtime opens: the file, or a header in memory."""
-        return str(self._path)
-
-    def _outputs(self) -> dict[str, str]:
-        """Name -> type of the outputs that every graph of a bundle has."""
-        return {node.name: node.type for node in self._model.get_outputs()}
-
-    def _check_signature(self) -> str:
-        """Compare the graph's inputs and outputs with the manifest; returns the type of the logits."""
-        inputs = {node.name: node.type for node in self._model.get_inputs()}
-        outputs = self._outputs()
-        leaves = self.bundle.state
-        for what, found, expected in (
-            ("inputs", inputs, ["tokens", "valid", "select", *(leaf.name for leaf in leaves)]),
-            ("outputs", outputs, ["logits", *(leaf.output for leaf in leaves)]),
-        ):
-            if odd := sorted(set(found) ^ set(expected)):
-                raise BundleError(f"{self._path}: {what} and manifest.json disagree about {odd[0]!r} ({len(odd)} in all); export again")
-        for leaf in leaves:
-            if (found_type := _NUMPY.get(inputs[leaf.name])) is None or np.dtype(found_type).name != leaf.dtype:
-                raise BundleError(
-                    f"{self._path}: state {leaf.name!r} is {inputs[leaf.name]}, manifest.json says {leaf.dtype}; export again"
-                )
-        if outputs["logits"] not in _NUMPY:
-            raise BundleError(f"{self._path}: logits are {outputs['logits']}, expected floats; export the bundle again")
-        return str(outputs["logits"])
-
-    def _run(self, buffers: StateBuffers, start: int, position_B: Array, tokens_BT: Array, valid_B: Array, select_BS: Array) -> Array:
-        length = tokens_BT.shape[1]
-        if length <= self._block or len(tokens_BT) > 1:
-            return self._run_at_once(buffers, start, position_B, tokens_BT, valid_B, select_BS)
-        logits_BSV = np.zeros((*select_BS.shape, self.bundle.limits.vocab_size), np.float32)
-        for first in range(0, length, self._block):
-            part_BT = tokens_BT[:, first : first + self._block]
-            inside_BS = (select_BS >= first) & (select_BS < first + part_BT.shape[1])
-            part_select_BS = (select_BS - first)[inside_BS][None]
-            part_valid_B = np.clip(valid_B - first, 0, part_BT.shape[1])
-            logits_BSV[inside_BS] = self._run_at_once(buffers, start, position_B + first, part_BT, part_valid_B, part_select_BS)[0]
-        return logits_BSV
+    def _providers(self) -> list[Any]:
+        return [PROVIDER]
 
     def _run_at_once(
         self, buffers: StateBuffers, start: int, position_B: Array, tokens_BT: Array, valid_B: Array, select_BS: Array
@@ -187,20 +135,6 @@ class OnnxRuntimeCpuSession(Session):
             state[...] = fresh
         return binding.logits_BSV.astype(np.float32)
 
-    def _binding(self, buffers: StateBuffers, start: int, shape: tuple[int, ...], selected: int) -> _Binding:
-        """A prepared run, from the few kept with the buffers where this shape was run before."""
-        kept: OrderedDict[tuple[int, ...], _Binding] = buffers.bindings.setdefault(self.runtime, OrderedDict())
-        key = (start, *shape, selected)
-        if key in kept:
-            kept.move_to_end(key)
-            return kept[key]
-        binding = self._bind(buffers, start, shape[0], shape[1], selected)
-        if binding.logits_BSV.nbytes <= _KEPT_LOGITS_BYTES:
-            kept[key] = binding
-            if len(kept) > _KEPT_BINDINGS:
-                kept.popitem(last=False)
-        return binding
-
     def _bind(self, buffers: StateBuffers, start: int, batch: int, length: int, selected: int) -> _Binding:
         io = self._model.io_binding()
         inputs = {
@@ -211,7 +145,7 @@ class OnnxRuntimeCpuSession(Session):
         }
         for name, array in inputs.items():
             io.bind_ortvalue_input(name, _value(array))
-        logits_BSV = np.zeros((batch, selected, self.bundle.limits.vocab_size), self._logits_type)
+        logits_BSV = np.zeros((batch, selected, self.bundle.limits.vocab_size), self._logits_dtype)
         io.bind_ortvalue_output("logits", _value(logits_BSV))
         copies = []
         for leaf in self.bundle.state:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from wm_graph.tolerances import FLOOR_ULPS, UNIT_ROUNDOFF, one_run_R, op_limit
+from wm_runtimes.labels import runs_graphs
 from wm_runtimes.op_calls import SELECTING, Call, Step, arguments_of, run_reference, token_mask
 from wm_runtimes.plain_model import PlainModel, choosing
 from wm_runtimes.selections import judge_experts, judge_router
@@ -183,7 +184,7 @@ class Judge:
         excess = _excess(call, args, expert, budget, step.counts_BT)
         differs = (expert.sort(-1).values != own.sort(-1).values).any(-1, keepdim=True)
         differs = differs.expand_as(expert) & token_mask(expert, step.counts_BT)
-        exact = self._dtype == "float32" or self._runtime != "onnxruntime-cpu"
+        exact = self._dtype == "float32" or not runs_graphs(self._runtime)
         if exact and excess <= 1.0 and differs.any() and _excess(call, args, expert, 0.0, step.counts_BT) == 0.0:
             excess = torch.inf  # no score is worse, so that equal ones were taken in another order
         index = tuple(int(axis) for axis in differs.nonzero()[0]) if differs.any() else ()

@@ -24,7 +24,7 @@ from wm_runtimes.bundle import Bundle
 from wm_runtimes.choice_names import choice_names
 from wm_runtimes.choices import EagerRunner
 from wm_runtimes.draws import Array, Choices, Draws, Runner, SessionRunner, by_token, make_draws, run_draws
-from wm_runtimes.labels import graph_option, open_labelled, runtime_of
+from wm_runtimes.labels import open_labelled, runs_graphs, runtime_of, way_options
 from wm_runtimes.parity import Oracle, Progress
 from wm_runtimes.tap_runners import STATE, PromotedValues, RecordedOps, StatesApart, compared_names, op_of, rotated_pairs
 
@@ -239,8 +239,8 @@ class _Comparison:
 
     def _runner(self, name: str, batch: int, capacity: int) -> Runner:
         """A runtime that tells every value."""
-        if runtime_of(name) == "onnxruntime-cpu":
-            promoted = PromotedValues(self.bundle, batch, capacity, self._names(), **graph_option(name))
+        if runs_graphs(name):
+            promoted = PromotedValues(self.bundle, batch, capacity, self._names(), runtime_of(name), **way_options(name))
             return self._open_sessions.enter_context(closing(promoted))
         return self._recorded(SessionRunner(self._open_sessions.enter_context(open_labelled(self.bundle, name, batch, capacity))))
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from wm_runtimes import open_session
 from wm_runtimes.bundle import Bundle
+from wm_runtimes.labels import open_labelled, runtime_of, way_options
 from wm_runtimes.op_calls import Call, Step, arguments_of, handled
 from wm_runtimes.plain_model import Feed, every_token, record_inputs
-from wm_runtimes.promoted_session import PromotingSession
+from wm_runtimes.promoted_session import open_promoting
 from wm_runtimes.session import Session
 
 Wanted = Callable[[int, str], bool]  # (step number, call name) -> whether its inputs and outputs are told
@@ -79,12 +80,13 @@ class OnnxProbe:
 
     Args:
         bundle: the bundle.
-        graph: which of its ONNX files.
+        label: the runtime, and which of its ways.
         calls: the calls of a step in order.
     """
 
-    def __init__(self, bundle: Bundle, graph: str, calls: Sequence[Call]) -> None:
-        self._bundle, self._graph, self._calls = bundle, graph, calls
+    def __init__(self, bundle: Bundle, label: str, calls: Sequence[Call]) -> None:
+        self._bundle, self._label, self._calls = bundle, label, calls
+        self._options: dict[str, Any] = {"spin": False} if runtime_of(label) == "onnxruntime-cpu" else {}
 
     def run(self, feed: Feed, wanted: Wanted, last: int | None = None) -> list[Step]:
         """See `Probe`."""
@@ -93,9 +95,10 @@ class OnnxProbe:
         values = {name: place for call in calls for name, place in _wanted(call).items()}
         sizes = len(feed.length_B), feed.capacity
         if not values:  # the session as it is, which may do what no session that tells values does
-            with open_session(self._bundle, "onnxruntime-cpu", *sizes, graph=self._graph, spin=False) as plain:
+            with open_labelled(self._bundle, self._label, *sizes, **self._options) as plain:
                 return run_session(plain, feed, lambda step: None, lambda step: None, last)
-        with PromotingSession(self._bundle, *sizes, values, self._graph, spin=False) as session:
+        options = self._options | way_options(self._label)
+        with open_promoting(self._bundle, runtime_of(self._label), *sizes, values, **options) as session:
 
             def finish(step: Step) -> None:
                 told = {name for call in calls if wanted(step.number, call.name) for name in _wanted(call)}
@@ -136,9 +139,9 @@ def run_session(
 
 def _leaves(session: Session) -> dict[str, Tensor]:
     """A copy of the state."""
-    found = {}
+    found, state = {}, session._buffers.copy()
     for leaf in session.bundle.state:
         if leaf.name != "position":
-            value = torch.from_numpy(session._buffers.arrays[leaf.name].copy())
+            value = torch.from_numpy(state[leaf.name])
             found[leaf.name] = value.view(torch.bfloat16) if leaf.dtype == "bfloat16" else value
     return found

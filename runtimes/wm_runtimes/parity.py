@@ -31,7 +31,7 @@ from wm_runtimes.choice_names import choice_names, op_of, options_of
 from wm_runtimes.choices import EagerRunner, TellingSession
 from wm_runtimes.draws import Array, Choices, Draws, Trace, by_token, make_draws, run_draws
 from wm_runtimes.json_values import json_values
-from wm_runtimes.labels import graph_option, runtime_of
+from wm_runtimes.labels import runtime_of, way_options
 from wm_runtimes.selections import Judgement, Verdict, judge_experts, judge_router, judge_threshold, judge_window
 from wm_runtimes.session import Session
 
@@ -299,7 +299,7 @@ class _Measurement:
         return open_session(self.bundle, runtime_of(name), self.batch, self.capacity, **self._options(name))
 
     def _options(self, name: str) -> dict[str, Any]:
-        return {**graph_option(name), **self.options.get(name, {})}
+        return {**way_options(name), **self.options.get(name, {})}
 
     def _add(self, sums: _Sums, draws: Draws, own: Trace, trace: Trace) -> None:
         expected_BTV, verdict = self.oracle.follow(draws, own, trace.choices)

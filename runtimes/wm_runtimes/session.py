@@ -14,7 +14,7 @@ from wm_graph.errors import BundleError, CheckpointError, InputError, WmError
 from wm_runtimes.bundle import Bundle
 from wm_runtimes.inputs import check_ids, check_room, check_rows, check_select, check_tokens, check_valid, integers
 from wm_runtimes.snapshot import Snapshot
-from wm_runtimes.state_buffers import StateBuffers
+from wm_runtimes.state_buffers import Buffers, StateBuffers
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -46,13 +46,13 @@ class Session(ABC):
         self._position_B = np.zeros(self.batch, np.int64)
         self._touched_B = np.zeros(self.batch, bool)
         self._all_rows_B = np.arange(self.batch)
-        self._buffers = self._make_buffers(self.batch)
-        self._subset: StateBuffers | None = None
+        self._buffers: Buffers = self._make_buffers(self.batch)
+        self._subset: Buffers | None = None
         self._closed = False
         self._broken = False
 
     @abstractmethod
-    def _run(self, buffers: StateBuffers, start: int, position_B: Array, tokens_BT: Array, valid_B: Array, select_BS: Array) -> Array:
+    def _run(self, buffers: Any, start: int, position_B: Array, tokens_BT: Array, valid_B: Array, select_BS: Array) -> Array:
         """Run rows start..start+B-1 of `buffers`, whose state is advanced, and return new float32 logits [B, S, V]."""
 
     @abstractmethod
@@ -185,8 +185,12 @@ class Session(ABC):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _make_buffers(self, batch: int) -> StateBuffers:
+    def _make_buffers(self, batch: int) -> Buffers:
         return StateBuffers(self.bundle.state, batch, self.capacity, self.bundle.config.keep_window)
+
+    def _runs_from(self, start: int) -> bool:
+        """Whether rows can run where they are, if the first of them is `start`."""
+        return True
 
     def _check_open(self) -> None:
         if self._closed:
@@ -207,8 +211,8 @@ class Session(ABC):
                 f"snapshot of batch {snapshot.batch}, capacity {snapshot.capacity}, the session has batch {self.batch}, "
                 f"capacity {self.capacity}; open a session of the same sizes"
             )
-        mine = {name: (array.shape, array.dtype) for name, array in self._buffers.arrays.items()}
-        given = {name: (array.shape, array.dtype) for name, array in snapshot.leaves.items()}
+        mine = self._buffers.layout()
+        given = {name: (array.shape, array.dtype.name) for name, array in snapshot.leaves.items()}
         position_B = snapshot.position_B
         if mine != given or position_B.shape != (self.batch,) or position_B.dtype != np.int64:
             raise InputError("snapshot with missing or misshapen state; it is damaged, save it again")
@@ -244,7 +248,7 @@ class Session(ABC):
         """Run rows in place where they are neighbours in order, on copies otherwise."""
         self._touched_B[rows_B] = True
         start, count = int(rows_B[0]), len(rows_B)
-        neighbours = count == 1 or bool((np.diff(rows_B) == 1).all())
+        neighbours = (count == 1 or bool((np.diff(rows_B) == 1).all())) and self._runs_from(start)
         buffers = self._buffers
         try:
             if not neighbours:

@@ -13,7 +13,7 @@ from wm_graph.taps import OP_OUTPUTS
 from wm_runtimes.bundle import Bundle
 from wm_runtimes.draws import Array, Choices, Runner, SessionRunner
 from wm_runtimes.op_calls import handled
-from wm_runtimes.promoted_session import PromotingSession
+from wm_runtimes.promoted_session import open_promoting
 
 STATE = ".state"  # of a scan or convolution: one value per row, whatever the number of tokens
 # Caches and windows are as long as a session makes them, and ordered as an op likes; the outputs that read them judge them.
@@ -148,14 +148,17 @@ class PromotedValues:
         batch: rows.
         capacity: most tokens per row.
         names: values to tell; each is an output of the node of its op, except `*.score_in`, which is its score input.
+        runtime: which runtime of graphs.
         options: of the session.
 
     Raises:
         BundleError: the graph has no node for a name.
     """
 
-    def __init__(self, bundle: Bundle, batch: int, capacity: int, names: Iterable[str], **options: Any) -> None:
-        self._session = PromotingSession(bundle, batch, capacity, {name: _place(name) for name in names}, **options)
+    def __init__(
+        self, bundle: Bundle, batch: int, capacity: int, names: Iterable[str], runtime: str = "onnxruntime-cpu", **options: Any
+    ) -> None:
+        self._session = open_promoting(bundle, runtime, batch, capacity, {name: _place(name) for name in names}, **options)
         self._inner = SessionRunner(self._session)
 
     def prefill(self, tokens_BT: Array, valid_B: Array, select_BS: Array) -> tuple[Array, Choices]:
@@ -176,6 +179,6 @@ class PromotedValues:
 
 
 def _place(name: str) -> tuple[str, int]:
-    """The node of a named value and its place there; see `PromotingSession`."""
+    """The node of a named value and its place there; see `open_promoting`."""
     prefix, _, key = name.rpartition(".")
     return prefix, -1 - _SCORE if key == "score_in" else OP_OUTPUTS[op_of(name)].index(key)

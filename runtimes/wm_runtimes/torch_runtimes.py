@@ -114,7 +114,7 @@ class CompiledSession(EagerSession):
     def __init__(self, bundle: Bundle, batch: int = 1, capacity: int = 1024) -> None:
         super().__init__(bundle, batch, capacity)
         # torch.compile makes a size of 1 its own graph. A session of several rows therefore never runs a single one.
-        self._pair = self._make_buffers(2) if self.batch > 1 else None
+        self._pair: Any = self._make_buffers(2) if self.batch > 1 else None
         self._compiled = _compiled_step(bundle.config, bundle.dtype, self.batch == 1)
 
     def placement(self) -> dict[str, list[str]]:

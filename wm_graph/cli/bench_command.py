@@ -24,10 +24,12 @@ def command(
     from wm_graph.cli.checks import available_runtimes, require_runtimes
     from wm_graph.cli.measuring import measure_apart
     from wm_runtimes import RUNTIMES, open_bundle
+    from wm_runtimes.labels import WAYS, runtime_of
 
-    names = available_runtimes() if runtimes is None else split_names(runtimes, tuple(RUNTIMES), "runtime")
-    require_runtimes(names)
     opened = open_bundle(bundle)
+    known = (*RUNTIMES, *(f"{name}:{way}" for name, ways in WAYS.items() for way in ways))
+    names = available_runtimes(opened) if runtimes is None else split_names(runtimes, known, "runtime")
+    require_runtimes([runtime_of(name) for name in names])
     results: list[dict[str, Any]] = []
     with progress_bar() as progress:
         for index, name in enumerate(names):

@@ -2,8 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wm_graph.errors import CheckpointError, ConfigError, RuntimeUnavailableError
+
+if TYPE_CHECKING:
+    from wm_runtimes.bundle import Bundle
 
 
 def refuse_existing(folder: Path) -> None:
@@ -46,15 +50,16 @@ def split_names(text: str, known: tuple[str, ...], what: str) -> list[str]:
     return names
 
 
-def available_runtimes() -> list[str]:
-    """Every runtime that runs here.
+def available_runtimes(bundle: "Bundle | None" = None) -> list[str]:
+    """Every runtime that runs here, and if a bundle is given, can run that.
 
     Raises:
         RuntimeUnavailableError: none does.
     """
     from wm_runtimes import RUNTIMES, availability
+    from wm_runtimes.readiness import unready
 
-    names = [name for name in RUNTIMES if availability(name) is None]
+    names = [name for name in RUNTIMES if (availability(name) if bundle is None else unready(bundle, name)) is None]
     if not names:
         raise RuntimeUnavailableError("no runtime runs here; `wm doctor` says what to install")
     return names

@@ -21,9 +21,7 @@ def command(
     targets: Annotated[
         str, typer.Option(help="What to make, by commas: onnx; native, GPU kernels; or hf, a Hugging Face folder, which is no bundle.")
     ] = "onnx",
-    dtype: Annotated[
-        Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Dtype of a new bundle; bf16 without onnx.  [default: fp32]")
-    ] = None,
+    dtype: Annotated[Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Dtype of a new bundle.  [default: fp32]")] = None,
     sm: Annotated[str, typer.Option("--sm", help="GPU architectures of target native, by commas: 80,90,100.")] = "",
 ) -> None:
     """Make a bundle of a checkpoint, or a Hugging Face folder.

@@ -33,7 +33,8 @@ def command(
     """Continue one prompt as text comes, or several as a batch."""
     started = time.perf_counter()
     from wm_graph.cli.generating import Run, encode_prompts, open_text, stop_ids
-    from wm_runtimes import open_bundle, open_session
+    from wm_runtimes import open_bundle
+    from wm_runtimes.labels import open_labelled, runtime_of
 
     opened = open_bundle(bundle)
     tokenizer = open_text(opened, needed=bool(prompt or prompt_file or stop or chat))
@@ -42,8 +43,8 @@ def command(
     capacity = capacity or max(len(each.ids) for each in prompts) + max_tokens
     run = Run(prompts, tokenizer, stop or [], streaming=len(prompts) == 1 and not as_json)
     # Packing the weights takes as long as some hundred decode steps could win back: a command answers sooner without.
-    options = {"prepack": False} if runtime == "onnxruntime-cpu" else {}
-    with open_session(opened, runtime, batch=len(prompts), capacity=capacity, **options) as session:
+    options = {"prepack": False} if runtime_of(runtime) == "onnxruntime-cpu" else {}
+    with open_labelled(opened, runtime, batch=len(prompts), capacity=capacity, **options) as session:
         ready = time.perf_counter()
         session.generate([each.ids for each in prompts], max_tokens, on_token=run.on_token, **sampling)
     run.print_rest(max_tokens, as_json)

@@ -29,9 +29,10 @@ def measure(bundle: str, runtime: str, prompt_tokens: int, new_tokens: int, repe
     """Open a session, warm it up, and time prefill and decode; `started` is when the process was asked for."""
     import numpy as np
 
-    from wm_runtimes import open_session
+    from wm_runtimes import open_bundle
+    from wm_runtimes.labels import open_labelled
 
-    with open_session(bundle, runtime, batch=1, capacity=prompt_tokens + new_tokens + 1) as session:
+    with open_labelled(open_bundle(bundle), runtime, batch=1, capacity=prompt_tokens + new_tokens + 1) as session:
         open_s = time.time() - started
         tokens_BT = np.random.default_rng(0).integers(0, session.bundle.limits.vocab_size, (1, prompt_tokens))
         prefill_s, decode_s = [], []

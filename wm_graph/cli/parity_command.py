@@ -24,7 +24,9 @@ def command(
     bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="The bundle, or with --html one of each dtype of a model.")],
     runtimes: Annotated[
         str | None,
-        typer.Option(metavar="A,B", help="Runtimes; onnxruntime-cpu:model.onnx is its portable graph.  [default: all that run here]"),
+        typer.Option(
+            metavar="A,B", help="Runtimes, such as onnxruntime-cpu:model.onnx, onnxruntime-cuda:bodies.  [default: all that run here]"
+        ),
     ] = None,
     draws: Annotated[int, typer.Option(min=1, help="Random rows, each a prompt and a few decoded tokens.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
@@ -39,8 +41,8 @@ def command(
     from wm_runtimes import open_bundle
     from wm_runtimes.labels import runtime_of
 
-    names = available_runtimes() if runtimes is None else _labels(runtimes)
     opened = [open_bundle(bundle) for bundle in bundles]
+    names = available_runtimes(opened[0] if len(opened) == 1 else None) if runtimes is None else _labels(runtimes)
     require_runtimes([*map(runtime_of, names), "eager"])
     if html is not None:
         _check_file(html)
@@ -63,7 +65,7 @@ def command(
 
 
 def _labels(text: str) -> list[str]:
-    """Runtimes separated by commas; onnxruntime-cpu:model.onnx is its portable graph."""
+    """Runtimes separated by commas, some with one of their ways behind a colon."""
     from wm_runtimes import RUNTIMES
     from wm_runtimes.labels import split_label
 

@@ -46,7 +46,7 @@ def translation(
     low: float = 1.0,
     high: float = 4.0,
 ) -> Any:
-    """torch.ops.wm.rope_angles to its node; files are float32 or float16, so `double` does not matter."""
+    """torch.ops.wm.rope_angles to its node; no file is float64, so `double` does not matter."""
     inputs = (position_BT, length_B) if scaling == "dynamic" else (position_BT,)
     attributes: dict[str, Any] = {"pairs": pairs, "theta": theta}
     if float(np.float32(theta)) != theta:
