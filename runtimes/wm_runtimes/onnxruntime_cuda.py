@@ -50,7 +50,7 @@ def availability(runtime: str = "onnxruntime-cuda") -> str | None:
     except RuntimeUnavailableError as error:
         return str(error)
     if missing := load_libraries(_libraries(onnxruntime.cuda_version)):
-        return f"{missing} of CUDA is missing; install the `nvidia` packages of CUDA {onnxruntime.cuda_version}, or CUDA itself"
+        return f"{missing} of CUDA {onnxruntime.cuda_version} is missing; {INSTALL}, or CUDA and cuDNN themselves"
     return None
 
 
