@@ -210,6 +210,7 @@ class OnnxRuntimeCudaSession(OnnxRuntimeSession):
     def _session_options(self) -> Any:
         import onnxruntime
 
+        onnxruntime.set_default_logger_severity(3)  # no remark in every session that providers could be plug-ins; errors stay
         options = onnxruntime.SessionOptions()
         if self.kernels:
             options.add_session_config_entry("wm.kernels", str(self._kernels_folder))
