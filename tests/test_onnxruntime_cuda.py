@@ -208,6 +208,20 @@ def test_every_op_with_kernels_is_a_node_on_the_gpu_and_only_sizes_are_on_the_ho
         assert mine <= set(placed["CUDAExecutionProvider"]), mine - set(placed["CUDAExecutionProvider"])
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_plans_update_every_state_in_place(folder_of, preset):
+    """Which leaves a session may bind to input and output: all but the position, whose next is the sum of two inputs."""
+    bundle = open_bundle(folder_of(preset, "bf16"))
+    found = {}
+    for node, entry in _nodes_with_entries(bundle):
+        places = [one["name"] for one in entry["inputs"]]
+        for name, output in zip(node.output, entry["outputs"], strict=True):
+            if output["alias"] is not None:
+                found[name] = node.input[places.index(output["alias"])]
+    assert found == {leaf.output: leaf.name for leaf in bundle.state if leaf.alias}
+    assert [leaf.name for leaf in bundle.state if not leaf.alias] == ["position"]
+
+
 def test_weights_are_on_the_gpu_once(folder_of):
     """A tied head and an embedding are one initializer of the graph that runs."""
     import onnx

@@ -50,7 +50,7 @@ def availability(runtime: str = "onnxruntime-cuda") -> str | None:
     except RuntimeUnavailableError as error:
         return str(error)
     if missing := load_libraries(_libraries(onnxruntime.cuda_version)):
-        return f"{missing} of CUDA is missing; install the `nvidia` packages of CUDA {onnxruntime.cuda_version}, or CUDA itself"
+        return f"{missing} of CUDA {onnxruntime.cuda_version} is missing; {INSTALL}, or CUDA and cuDNN themselves"
     return None
 
 
@@ -210,6 +210,7 @@ class OnnxRuntimeCudaSession(OnnxRuntimeSession):
     def _session_options(self) -> Any:
         import onnxruntime
 
+        onnxruntime.set_default_logger_severity(3)  # no remark in every session that providers could be plug-ins; errors stay
         options = onnxruntime.SessionOptions()
         if self.kernels:
             options.add_session_config_entry("wm.kernels", str(self._kernels_folder))

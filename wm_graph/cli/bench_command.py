@@ -26,9 +26,10 @@ def command(
     from wm_runtimes import RUNTIMES, open_bundle
     from wm_runtimes.labels import WAYS, runtime_of
 
-    opened = open_bundle(bundle)
     known = (*RUNTIMES, *(f"{name}:{way}" for name, ways in WAYS.items() for way in ways))
-    names = available_runtimes(opened) if runtimes is None else split_names(runtimes, known, "runtime")
+    asked = None if runtimes is None else split_names(runtimes, known, "runtime")
+    opened = open_bundle(bundle)
+    names = available_runtimes(opened) if asked is None else asked
     require_runtimes([runtime_of(name) for name in names])
     results: list[dict[str, Any]] = []
     with progress_bar() as progress:

@@ -41,8 +41,9 @@ def command(
     from wm_runtimes import open_bundle
     from wm_runtimes.labels import runtime_of
 
+    labels = None if runtimes is None else _labels(runtimes)
     opened = [open_bundle(bundle) for bundle in bundles]
-    names = available_runtimes(opened[0] if len(opened) == 1 else None) if runtimes is None else _labels(runtimes)
+    names = available_runtimes(opened[0] if len(opened) == 1 else None) if labels is None else labels
     require_runtimes([*map(runtime_of, names), "eager"])
     if html is not None:
         _check_file(html)
