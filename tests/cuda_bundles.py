@@ -5,6 +5,7 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from wm_graph.errors import RuntimeUnavailableError
 
@@ -30,19 +31,21 @@ def missing() -> str | None:
 
 
 def export(folder: Path, preset: str, dtype: str, capability: int, processes: int | None = None) -> Path:
-    """Export a preset with random parameters; `capability` 90 is for sm_90."""
+    """Export a preset with random parameters, where that was not done before; `capability` 90 is for sm_90."""
     import wm_export.native as native
     from wm_export import export_bundle
     from wm_graph import ModelConfig, init_params, save_checkpoint
 
+    bundle = folder / f"{preset}-{dtype}"
+    if (bundle / "manifest.json").exists():
+        return bundle
+    cfg = ModelConfig.preset(preset)
     compile_kernels = native.compile_kernels
     native.compile_kernels = lambda kernels, given, tell: compile_kernels(kernels, given or processes, tell)
-    bundle = folder / f"{preset}-{dtype}"
-    cfg = ModelConfig.preset(preset)
-    checkpoint = folder / f"{preset}-{dtype}.checkpoint"
-    save_checkpoint(checkpoint, cfg, init_params(cfg, seed=1))
     try:
-        export_bundle(checkpoint, bundle, targets=("onnx", "native"), dtype=dtype, architectures=(capability,))
+        with TemporaryDirectory() as scratch:
+            save_checkpoint(Path(scratch) / "checkpoint", cfg, init_params(cfg, seed=1))
+            export_bundle(Path(scratch) / "checkpoint", bundle, targets=("onnx", "native"), dtype=dtype, architectures=(capability,))
     finally:
         native.compile_kernels = compile_kernels
     return bundle
