@@ -18,6 +18,8 @@ from wm_kernels.triton_support import row_stride, same_rows
 MOST_GROUPS = 1023  # of torch's grouped product
 GROUPED_ALIGNMENT = 8  # entries: torch's grouped product wants rows of a multiple of 16 bytes
 
+PLANS: dict[str, Callable[..., Plan]] = {"picks": picks_plan, "tiles": tiles_plan}
+
 _known: dict[tuple[object, ...], Known] = {}
 
 
@@ -94,47 +96,8 @@ def moe_mix_grouped(
     return y_MD
 
 
-def moe_mix_picks(
-    x_MD: Tensor,
-    expert_Mk: Tensor,
-    weight_Mk: Tensor,
-    in_EFD: Tensor,
-    in_bias_EF: Tensor | None,
-    out_EDI: Tensor,
-    out_bias_ED: Tensor | None,
-    activation: str,
-    gated: bool,
-) -> Tensor:
-    """See `moe_mix_reference`; float32, float16 or bfloat16. Every pick reads the matrices of its expert.
-
-    A token's bits do not depend on the tokens beside it. Tensors whose last axis is not contiguous are copied first.
-    """
-    return _by_kernels("picks", picks_plan, x_MD, expert_Mk, weight_Mk, in_EFD, in_bias_EF, out_EDI, out_bias_ED, activation, gated)
-
-
-def moe_mix_tiles(
-    x_MD: Tensor,
-    expert_Mk: Tensor,
-    weight_Mk: Tensor,
-    in_EFD: Tensor,
-    in_bias_EF: Tensor | None,
-    out_EDI: Tensor,
-    out_bias_ED: Tensor | None,
-    activation: str,
-    gated: bool,
-) -> Tensor:
-    """See `moe_mix_reference`; float32, float16 or bfloat16. Picks are sorted by expert; tiles of them meet its matrices.
-
-    The hidden layer is rounded to the dtype of x after `act`, as are a token's summands (but in float16). Nothing waits for the device,
-    and a call has the same bits each time. Tensors whose last axis is not contiguous are copied first.
-    """
-    plan = partial(tiles_plan, E=in_EFD.shape[0])
-    return _by_kernels("tiles", plan, x_MD, expert_Mk, weight_Mk, in_EFD, in_bias_EF, out_EDI, out_bias_ED, activation, gated)
-
-
-def _by_kernels(
+def moe_mix_kernels(
     way: str,
-    plan: Callable[..., Plan],
     x_MD: Tensor,
     expert_Mk: Tensor,
     weight_Mk: Tensor,
@@ -145,6 +108,12 @@ def _by_kernels(
     activation: str,
     gated: bool,
 ) -> Tensor:
+    """See `moe_mix_reference`; float32, float16 or bfloat16, by kernels alone. Tensors whose last axis is not contiguous are copied first.
+
+    In the way "picks" every pick reads the matrices of its expert, and a token's bits do not depend on the tokens beside it. In the way
+    "tiles" picks are sorted by expert and tiles of them meet its matrices; the hidden layer is rounded to the dtype of x after `act`, as
+    are a token's summands (but in float16). Nothing waits for the device, and a call has the same bits each time.
+    """
     x_MD = same_rows(x_MD)
     given = {"x_MD": x_MD, "expert_N": expert_Mk, "weight_N": weight_Mk, "in_EFD": in_EFD, "out_EDI": out_EDI}
     # Something stands in for what is not there.
@@ -153,7 +122,9 @@ def _by_kernels(
     def make(ready: Mapping[str, Tensor]) -> Plan:
         x, matrix_in, matrix_out = ready["x_MD"], ready["in_EFD"], ready["out_EDI"]
         (M, k), (_, D, I) = expert_Mk.shape, matrix_out.shape
-        return plan(
+        experts = {"E": matrix_in.shape[0]} if way == "tiles" else {}
+        return PLANS[way](
+            **experts,
             M=M,
             k=k,
             D=D,
@@ -174,6 +145,9 @@ def _by_kernels(
     y_MD = x_MD.new_empty(x_MD.shape)
     run(made, {**given, "y_MD": y_MD})
     return y_MD
+
+
+moe_mix_picks, moe_mix_tiles = partial(moe_mix_kernels, "picks"), partial(moe_mix_kernels, "tiles")
 
 
 def _copied(name: str, tensor: Tensor) -> bool:
