@@ -18,7 +18,7 @@ RUNTIME_DTYPES = {
 }
 # Sound code is off by at most this many times what the float64 oracle moves when each weight moves by up to u: in rms, and at the worst
 # logit, which is one draw from a long tail. Eager is off, in float32, by 1.3 to 6.5 times (rms; the worst logit 2.6 to 13.4 times, both at
-# cheems-1.3b) over all families, forms, sizes and Mamba2-115M; in float16 by 0.5 to 1.7 times (the worst logit up to 2.8).
+# cheems-1.3b) over all families, forms and Mamba2-115M; in float16 by 0.5 to 1.7 times (the worst logit up to 2.8).
 MOVED = {"float32": 10.0, "float16": 4.0, "bfloat16": 4.0}
 MOVED_WORST = {"float32": 20.0, "float16": 4.0, "bfloat16": 4.0}
 AMPLIFIED = 10.0  # a model that amplifies rounding may raise its max abs so many times: Mamba2-115M with random weights, 6 times
@@ -198,12 +198,12 @@ FLOAT64_MODEL = 1e-9  # models drawn at random may amplify rounding a thousandfo
 
 _TERMS = "|q_x| max|k_x| + |q_y| max|k_y|: an upper bound of every expert's score"
 _DEEP_QUERY = "the query's error, carried through every layer below: in float16 31 in cheems-20m-moe, the worst of a million choices"
-_DEEPEST_QUERY = "the query's error at a token of cheems-20m-moe without constant parameters: 69, where weights moved by u alone make 32"
+_DEEPEST_QUERY = "the query's error, at worst in cheems-20m-moe without constant parameters: 69, where weights moved by u alone make 32"
 _SCORE = "largest |score| among the row's keys"
 _HIDDEN = "the values' error, amplified by exp, twice; the score's distance from the threshold counts"
 _ROUTE = "largest |logit| of the token"
 _DEEP_LOGIT = "the logits' error, carried through every layer below: 36 in jamba-tiny in bfloat16"
-_DEEPEST_LOGIT = "the logits' error at a token of cheems-2407-320m without constant parameters: 65, where weights moved by u alone make 60"
+_DEEPEST_LOGIT = "the logits' error, at worst in cheems-2407-320m, nothing constant: 65, where weights moved by u alone make 60"
 _LOGIT = "rms of the logits, at least 1"
 SCORE_BUDGETS: tuple[ScoreBudget, ...] = (
     ScoreBudget("product_key_topk", "float32", 64, _TERMS, "the query's error, carried through every layer below, twice"),
