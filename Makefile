@@ -40,7 +40,8 @@ test-gpu-memory: ## compute-sanitizer's memcheck and racecheck on small calls of
 	@compute-sanitizer --tool racecheck --error-exitcode 1 $(GPU_PYTHON) tests/sanitizer_calls.py
 	@rm -rf build/native-kernels
 	@$(NATIVE) $(GPU_PYTHON) tests/native_sanitizer_calls.py --compile
-	@$(NATIVE) compute-sanitizer --tool memcheck --error-exitcode 1 $(GPU_PYTHON) tests/native_sanitizer_calls.py
+	@# The library asks the driver for the parameter after a kernel's last, to be refused; what it does not expect is an error of its own.
+	@$(NATIVE) compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 $(GPU_PYTHON) tests/native_sanitizer_calls.py
 	@$(NATIVE) compute-sanitizer --tool racecheck --error-exitcode 1 $(GPU_PYTHON) tests/native_sanitizer_calls.py
 
 test-mutation: .venv/.test ## mutants of references and model against their tests; some 20 minutes of CPU; resumable

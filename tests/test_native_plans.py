@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from native_cases import CONFIGURATIONS, declaration, eager_call, tensors_of, use_of
+from wm_kernels.native import unspecialized
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
@@ -74,10 +75,14 @@ def check_same(launches, scratch, kernels, plan, tensors, named):
     for ours, theirs in zip(launches, plan.launches, strict=True):
         kernel = kernels[ours.kernel]
         assert kernel.function == (theirs.kernel.fn.__module__, theirs.kernel.fn.__name__)
-        assert dict(kernel.constants) == dict(theirs.constants)
+        told = dict(zip((name for name in theirs.kernel.arg_names if name not in theirs.constants), theirs.arguments, strict=True))
+        ones = {name for name, _ in kernel.constants} - set(theirs.constants)  # strides that Triton's launcher would find to be 1
+        assert dict(kernel.constants) == {**theirs.constants, **dict.fromkeys(ones, 1)}
+        assert all(told[name] in (0, 1) for name in ones)
         assert (kernel.warps, kernel.stages, kernel.max_registers) == (theirs.num_warps, theirs.num_stages, theirs.max_registers)
         assert ours.grid == theirs.blocks
-        for mine, other, kind in zip(ours.arguments, theirs.arguments, kernel.parameters, strict=True):
+        others = [value for name, value in told.items() if name not in ones]
+        for mine, other, kind in zip(ours.arguments, others, kernel.parameters, strict=True):
             if isinstance(other, str):
                 assert mine == other if other in plan.scratch else named[mine] is tensors[other], (mine, other)
                 dtype = plan.scratch[other].dtype if other in plan.scratch else tensors[other].dtype
@@ -86,6 +91,17 @@ def check_same(launches, scratch, kernels, plan, tensors, named):
                 assert mine == other or other == 0, (ours, theirs)  # eager writes 0 for the stride of an axis of size 1
                 assert -(2**31) <= mine < 2**31 or kind.startswith("i64")
                 assert mine % int((*kind.split(":"), 1)[1]) == 0
+
+
+@pytest.mark.parametrize(("op", "index"), CASES)
+def test_no_kernel_is_told_at_run_time_of_a_stride_that_is_always_1(op, index):
+    for entry in entries_and_plans(op, index, torch.float16)[0]:
+        for _, variant in entry.variants:
+            for launch in variant.launches:
+                function = getattr(import_module(launch.kernel.function[0]), launch.kernel.function[1])
+                names = [name for name in function.arg_names if name not in dict(launch.kernel.constants)]
+                told = [name for name, value in zip(names, launch.arguments, strict=True) if value == ("int", 1)]
+                assert set(told) <= unspecialized(function)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

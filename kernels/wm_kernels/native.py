@@ -258,7 +258,7 @@ def _native_launch(
     constants = {name: known(value, f"constant {name} of {function.__name__}") for name, value in launch.constants.items()}
     options = [known(value, f"an option of {function.__name__}") for value in (launch.num_warps, launch.num_stages, launch.max_registers)]
     runtime = [name for name in launch.kernel.arg_names if name not in constants]
-    varying = _unspecialized(launch.kernel)
+    varying = unspecialized(launch.kernel)
     arguments: list[str | tuple[str, Expression]] = []
     parameters: list[str] = []
     for name, value in zip(runtime, launch.arguments, strict=True):
@@ -266,6 +266,8 @@ def _native_launch(
             tensor = value if value in scratch else declared.name(value, call)
             arguments.append(tensor)
             parameters.append(f"ptr:{dtype_name(dtypes[tensor])}:{ALIGNMENT}")
+        elif of(value) == 1 and name not in varying:
+            constants[name] = 1  # as Triton's launcher has it: loads of such a stride are wide, and sums have the order that follows
         else:
             arguments.append(("int", of(value)))
             parameters.append(_integer(of(value), name not in varying))
@@ -274,7 +276,8 @@ def _native_launch(
     return NativeLaunch(kernel, (x, y, z), tuple(arguments))
 
 
-def _unspecialized(kernel: Any) -> set[str]:
+def unspecialized(kernel: Any) -> set[str]:
+    """Parameters whose values Triton does not look at when it compiles."""
     if hasattr(kernel, "params"):
         return {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
     return set(kernel.kwargs.get("do_not_specialize") or ())  # the interpreter's

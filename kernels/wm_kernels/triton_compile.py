@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from wm_kernels.native import Kernel
+from wm_kernels.native import Kernel, unspecialized
 from wm_kernels.triton_launch import INT32_MAX, Launch, Plan
 
 _POINTERS = {
@@ -26,7 +26,7 @@ def compile_plan(plan: Plan, dtypes: Mapping[str, torch.dtype], capability: int)
 
     Returns:
         Triton's compiled kernels, one per launch: `.asm["ptx"]`, `.metadata`. Pointers are taken to be aligned to 16 bytes, integers to be
-        divisible by 16 where those of the plan are, but for `do_not_specialize` ones, which vary from call to call.
+        divisible by 16, or 1, where those of the plan are, but for `do_not_specialize` ones, which vary from call to call.
     """
     known = {**dtypes, **{name: wanted.dtype for name, wanted in plan.scratch.items()}}
     return [_compile(launch, known, capability) for launch in plan.launches]
@@ -40,13 +40,16 @@ def _compile(launch: Launch, dtypes: Mapping[str, torch.dtype], capability: int)
     attributes: dict[tuple[int, ...], Any] = {}
     constants = dict(launch.constants)
     runtime = [name for name in kernel.arg_names if name not in constants]
-    unspecialized = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    varying = unspecialized(kernel)
     for name, value in zip(runtime, launch.arguments, strict=True):
+        if value == 1 and name not in varying:
+            constants[name] = 1
+            continue
         if isinstance(value, str):
             signature[name] = _POINTERS[dtypes[value]]
         else:
             signature[name] = "i32" if -INT32_MAX <= value <= INT32_MAX else "i64"
-        if isinstance(value, str) or (value % 16 == 0 and name not in unspecialized):
+        if isinstance(value, str) or (value % 16 == 0 and name not in varying):
             attributes[(kernel.arg_names.index(name),)] = _DIVISIBLE
     return _compiled(kernel, signature, attributes, constants, capability, launch.options)
 

@@ -72,6 +72,11 @@ class TellingSession:
         if self._names and runs_graphs(session.runtime):
             self._promoted = PromotedValues(session.bundle, session.batch, session.capacity, self._names, session.runtime, **options)
 
+    def close(self) -> None:
+        """Close the session."""
+        self._promoted = None
+        self._session.close()
+
     def run(self, draws: Draws) -> Trace:
         """The session's logits and times, and its choices."""
         plain = SessionRunner(self._session)

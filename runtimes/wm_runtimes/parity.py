@@ -33,7 +33,6 @@ from wm_runtimes.draws import Array, Choices, Draws, Trace, by_token, make_draws
 from wm_runtimes.json_values import json_values
 from wm_runtimes.labels import runtime_of, way_options
 from wm_runtimes.selections import Judgement, Verdict, judge_experts, judge_router, judge_threshold, judge_window
-from wm_runtimes.session import Session
 
 Progress = Callable[[str, float], None]
 FARTHEST = 271  # tokens of one prompt: more than 256 positions, and several chunks
@@ -271,32 +270,43 @@ class _Measurement:
         self.moved, self.eager, self.sums = _Sums(), _Sums(), {name: _Sums() for name in runtimes}
         self.scale_squares = 0.0
         self.seconds: dict[str, list[float]] = {name: [] for name in runtimes}
+        self.open: dict[str, TellingSession] = {}
 
     def run(self, progress: Progress) -> ParityReport:
         """Measure every group, then divide."""
         yardstick = EagerRunner(self.bundle.config, self.params, self.capacity, self.names)
-        sessions = {name: self._open(name) for name in self.runtimes}
-        telling = {name: TellingSession(session, self.names, self._options(name)) for name, session in sessions.items()}
         stages = len(self.groups) * (1 + len(self.runtimes))
-        for index, draws in enumerate(self.groups):
-            done = index * (1 + len(self.runtimes))
-            progress(f"oracle and eager, {index + 1} of {len(self.groups)}", done / stages)
-            own, eager = self.oracle.run(draws), run_draws(yardstick, draws)
-            moved = self.oracle.run(draws, {name: own.choices[name] for name in self.names}, self.u)
-            self.moved.add((moved.logits_BTV - own.logits_BTV)[draws.mask_BT], Verdict())
-            self._add(self.eager, draws, own, eager)
-            self.scale_squares += float(np.square(own.logits_BTV[draws.mask_BT]).sum())
-            for place, (name, teller) in enumerate(telling.items()):
-                progress(f"{name}, {index + 1} of {len(self.groups)}", (done + 1 + place) / stages)
-                trace = teller.run(draws)
-                self._add(self.sums[name], draws, own, trace)
-                self.seconds[name] += trace.step_seconds
-        for session in sessions.values():
-            session.close()
+        try:
+            for index, draws in enumerate(self.groups):
+                done = index * (1 + len(self.runtimes))
+                traces = {}
+                for place, name in enumerate(self.runtimes):
+                    progress(f"{name}, {index + 1} of {len(self.groups)}", (done + place) / stages)
+                    traces[name] = self._trace(name, draws)
+                progress(f"oracle and eager, {index + 1} of {len(self.groups)}", (done + len(self.runtimes)) / stages)
+                own, eager = self.oracle.run(draws), run_draws(yardstick, draws)
+                moved = self.oracle.run(draws, {name: own.choices[name] for name in self.names}, self.u)
+                self.moved.add((moved.logits_BTV - own.logits_BTV)[draws.mask_BT], Verdict())
+                self._add(self.eager, draws, own, eager)
+                self.scale_squares += float(np.square(own.logits_BTV[draws.mask_BT]).sum())
+                for name, trace in traces.items():
+                    self._add(self.sums[name], draws, own, trace)
+                    self.seconds[name] += trace.step_seconds
+        finally:
+            for telling in self.open.values():
+                telling.close()
         return self._report()
 
-    def _open(self, name: str) -> Session:
-        return open_session(self.bundle, runtime_of(name), self.batch, self.capacity, **self._options(name))
+    def _trace(self, name: str, draws: Draws) -> Trace:
+        """A runtime's answer. It is open from its first draws to its last, so that with one group no two hold weights at once."""
+        if name not in self.open:
+            options = self._options(name)
+            session = open_session(self.bundle, runtime_of(name), self.batch, self.capacity, **options)
+            self.open[name] = TellingSession(session, self.names, options)
+        trace = self.open[name].run(draws)
+        if draws is self.groups[-1]:
+            self.open.pop(name).close()
+        return trace
 
     def _options(self, name: str) -> dict[str, Any]:
         return {**way_options(name), **self.options.get(name, {})}
