@@ -167,12 +167,6 @@ def _reasons(results: Measured) -> Iterable[str]:
         yield "Peers that could not run:\n\n" + "\n".join(f"* {reason}" for reason in sorted(reasons))
 
 
-# Apart for every eye, as far as so many can be; the peers of one case follow each other in no order.
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#222222", "#999933", "#882255", "#44aa99")
-COLOURS += ("#bbbbbb", "#332288", "#cc6677", "#117733", "#88ccee", "#e69f00", "#661100", "#ddcc77", "#774411", "#f781bf")
-COLOURS += ("#5d5d8d", "#00c0a0")
-
-
 def plot(results: Measured) -> str:
     """Peers' times over ours, a group of bars for each case, on a logarithmic axis, as SVG."""
     groups = [
@@ -182,7 +176,8 @@ def plot(results: Measured) -> str:
     ]
     groups = [(label, bars) for label, bars in groups if bars]
     names = sorted({name for _, bars in groups for name, _ in bars})
-    colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    # Hues by the golden angle, in four shades: apart, however many peers there are.
+    colour = {name: f"hsl({137.508 * i % 360:.0f},60%,{(30, 46, 60, 74)[i % 4]}%)" for i, name in enumerate(names)}
     ratios = [ratio for _, bars in groups for _, ratio in bars] or [1.0]
     low, high = min(-0.3, log10(min(ratios)) - 0.05), max(1.0, log10(max(ratios)))
     left, width, thick, gap, top = 230, 560, 10, 8, 40 + 16 * len(names)
