@@ -11,6 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 from onnx.inliner import inline_local_functions
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 
 from onnx_cases import CASES, Case, attention_case, joined, letters, rope_angles_case
 from wm_kernels import onnx_functions
@@ -79,6 +80,30 @@ def test_half_body_matches_reference(name: str, flavour: str) -> None:
 def test_portable_body_runs_in_the_reference_evaluator(name: str) -> None:
     run = ReferenceEvaluator(CASES[name](1, 1).model("portable"))
     for seed, (B, T) in enumerate([(1, 1), (2, 5), (2, 70)]):
+        case = CASES[name](B, T, seed=seed)
+        judge(case, run.run(None, case.feeds()), 4e-6)
+
+
+class TopK(OpRun):
+    """As ONNX Runtime's CUDA provider has it: equal values in any order, and rows filled up with a number that is above -inf."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, k: np.ndarray, axis: int = -1, largest: int = 1, sorted: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        assert axis in (-1, x.ndim - 1)
+        size = x.shape[-1]
+        limits = np.finfo(x.dtype) if x.dtype.kind == "f" else np.iinfo(x.dtype)
+        width = 2 ** int(np.ceil(np.log2(size)))
+        filled = np.concatenate([x, np.full((*x.shape[:-1], width - size), limits.min if largest else limits.max, x.dtype)], -1)
+        order = np.argsort(filled, -1)  # later ones of equal values come first, where the largest is
+        order = (order[..., ::-1] if largest else order)[..., : int(k[0])]
+        return np.take_along_axis(filled, order, -1), order.astype(np.int64)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "keep_window" in name or name.startswith("scored")])
+def test_a_provider_that_ranks_equal_values_in_no_order_and_infinities_wrongly_gives_the_same(name: str) -> None:
+    run = ReferenceEvaluator(inline_local_functions(CASES[name](1, 1).model("portable")), new_ops=[TopK])
+    for seed, (B, T) in enumerate([(2, 5), (2, 70)]):
         case = CASES[name](B, T, seed=seed)
         judge(case, run.run(None, case.feeds()), 4e-6)
 

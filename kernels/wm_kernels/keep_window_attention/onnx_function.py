@@ -49,6 +49,7 @@ _node = wm_op(OP_TYPE, INPUTS, OUTPUTS, {"head_dim": int, "kv_num_heads": int, "
 
 # Finite, so that a row that sees no key gives a mean of what is there instead of NaN.
 _HIDDEN = -1e30
+_LEAST = -3.4e38  # a float32 above the least finite one, below any score but -inf
 
 
 def translation(
@@ -237,10 +238,14 @@ class _Node:
         """How many new keys up to query i outrank key j, [B, K, T, J], and the number of them that evicts it, 0 for no key."""
         g = self.g
         all_J = g.dim(keys.score_BKJ, 2)
-        # Two stable sorts order by score, then position; keys that do not exist come last and outrank none.
-        _, by_position_BKJ = g.TopK(keys.position_BKJ, all_J, axis=2, outs=2)
-        _, by_score_BKJ = g.TopK(g.pick(keys.score_BKJ, by_position_BKJ), all_J, axis=2, outs=2)
-        order_BKJ = g.pick(by_position_BKJ, by_score_BKJ)
+        # Score, then position, by two sorts that need no order of equal values and no -inf: on CUDA, ONNX Runtime keeps none above 256
+        # keys, and fills rows up with the least finite float, which it takes for a larger key than -inf.
+        best_BKJ, by_score_BKJ = g.TopK(g.Max(keys.score_BKJ, _LEAST), all_J, axis=2, outs=2)
+        worse_BKI = g.int64(g.slice(best_BKJ, 1, 2**62, 2) < g.slice(best_BKJ, 0, -1, 2))
+        level_BKJ = g.CumSum(g.Pad(worse_BKI, g.shape(1, 0), None, [2]), 2)
+        level_BKJ = g.ScatterElements(by_score_BKJ, by_score_BKJ, level_BKJ, axis=2)
+        # Keys that do not exist come last and outrank none.
+        _, order_BKJ = g.TopK(level_BKJ * 2**32 + (2**31 - keys.position_BKJ), all_J, axis=2, largest=0, outs=2)
         place_J = g.arange(all_J)
         rank_BKJ = g.ScatterElements(order_BKJ, order_BKJ, g.expand(place_J, g.node("Shape", order_BKJ)), axis=2)
         # The slots ahead of each place of the order, brought back to the keys.
