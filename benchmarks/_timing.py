@@ -1,6 +1,8 @@
-"""Times of calls on the CUDA device."""
+"""Times of calls on the CUDA device, and what it does at best."""
 
+import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -44,3 +46,27 @@ def graph_microseconds(call: Callable[[], Any], ms: int = REPEAT_MS) -> float | 
         torch.cuda.synchronize()
         return None
     return microseconds(graph.replay, ms)
+
+
+def rates() -> dict[str, Any]:
+    """What the card does at best: bytes/s of a copy, read and written, and FLOP/s of a bf16 matrix product."""
+    source = torch.randn(2**29, device="cuda")
+    target = torch.empty_like(source)
+    copy = 2 * source.nbytes / microseconds(partial(target.copy_, source)) * 1e6
+    del source, target
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return {"copy_bytes_s": copy, "matmul_flop_s": 2 * 8192**3 / microseconds(lambda: a @ b) * 1e6}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    import triton
+
+    properties = torch.cuda.get_device_properties(0)
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": str(torch.version.cuda)}
+    return {
+        "device": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "versions": versions,
+        "date": time.strftime("%Y-%m-%d"),
+    }

@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -27,22 +26,12 @@ from typing import Any
 import _kernels_report
 import _trials
 import torch
-from _timing import graph_microseconds, microseconds
+from _timing import graph_microseconds, machine, microseconds, rates
 from kernel_cases import Case, Inputs, chosen
 
 ROOT = Path(__file__).parents[1]
 Measured = dict[str, Any]
 GRAPHED = 300.0  # microseconds: faster calls are also timed as a CUDA graph, without the host's part
-
-
-def rates() -> Measured:
-    """What the card does at best: bytes/s of a copy, read and written, and FLOP/s of a bf16 matrix product."""
-    source = torch.randn(2**29, device="cuda")
-    target = torch.empty_like(source)
-    copy = 2 * source.nbytes / microseconds(partial(target.copy_, source)) * 1e6
-    del source, target
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return {"copy_bytes_s": copy, "matmul_flop_s": 2 * 8192**3 / microseconds(lambda: a @ b) * 1e6}
 
 
 def extra_memory(call: Callable[[], Any]) -> int:
@@ -136,20 +125,6 @@ def ours(case: Case, inputs: Inputs) -> Measured:
 def blank(case: Case) -> Measured:
     """What is known of a case before anything runs."""
     return {"op": case.op, "case": case.name, "dtype": case.dtype, "bytes": case.bytes, "flops": case.flops, "bars": dict(case.bars)}
-
-
-def machine() -> Measured:
-    """What the figures were taken on."""
-    import triton
-
-    properties = torch.cuda.get_device_properties(0)
-    versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": str(torch.version.cuda)}
-    return {
-        "device": properties.name,
-        "multiprocessors": properties.multi_processor_count,
-        "versions": versions,
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 def say(**what: Any) -> None:
