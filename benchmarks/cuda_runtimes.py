@@ -27,6 +27,7 @@ from torch import Tensor
 import wm_kernels
 from wm_graph import ModelConfig, forward, init_params, save_checkpoint, zero_state
 from wm_graph.params import Params, map_tensors, named_tensors
+from wm_graph.shapes import state_leaves
 from wm_graph.state import State, state_to_flat
 
 ROOT = Path(__file__).parents[1]
@@ -198,8 +199,11 @@ def torch_figures(cfg: ModelConfig, params: Params, how: str, batch: int, length
         prompt = torch.compile(prompt, fullgraph=True)
         step = torch.compile(step, fullgraph=True, mode="reduce-overhead")
 
+    leaves = [(leaf, spec.reset) for leaf, spec in zip(state_to_flat(cfg, state).values(), state_leaves(cfg), strict=True)]
+
     def prefill() -> None:
-        state.position.zero_()
+        for leaf, value in leaves:
+            leaf.fill_(value)
         prompt(params, tokens_BT, state, last_B1)
 
     def decode() -> None:
