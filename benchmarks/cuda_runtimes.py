@@ -152,6 +152,8 @@ def session_row(kernels: bool, preset: str, dtype: str, folder: Path, profile: b
 
             prefill()
             figures = {"prefill_s": seconds(prefill, 5)}
+            if profile:
+                print_kernels(prefill, f"{preset}, prompts of {batch} rows")
             token_B = tokens_BT[:, 0]
             session.decode(token_B)
             figures["step_s"] = seconds(lambda session=session, token_B=token_B: session.decode(token_B), STEPS)
@@ -166,7 +168,7 @@ def session_row(kernels: bool, preset: str, dtype: str, folder: Path, profile: b
 
                 figures["graph_s"] = seconds(replay, STEPS)
                 if profile:
-                    print_kernels(replay, f"{preset} {batch} rows")
+                    print_kernels(replay, f"{preset}, steps of {batch} rows")
             row[str(batch)] = figures
     return row
 
@@ -211,12 +213,14 @@ def torch_figures(cfg: ModelConfig, params: Params, how: str, batch: int, length
 
     prefill()
     figures = {"prefill_s": seconds(prefill, 5 if how != "references" else 2)}
+    if profile:
+        print_kernels(prefill, f"{how}, prompts of {batch} rows")
     if how != "references":
         for _ in range(4):  # compilation, and what records CUDA graphs
             decode()
         figures["graph_s" if how == "compiled" else "step_s"] = seconds(decode, STEPS)
         if profile:
-            print_kernels(decode, f"{how}, {batch} rows")
+            print_kernels(decode, f"{how}, steps of {batch} rows")
     return figures
 
 

@@ -241,16 +241,16 @@ class _Node:
         # Score, then position, by two sorts that need no order of equal values and no -inf: on CUDA, ONNX Runtime keeps none above 256
         # keys, and fills rows up with the least finite float, which it takes for a larger key than -inf.
         best_BKJ, by_score_BKJ = g.TopK(g.Max(keys.score_BKJ, _LEAST), all_J, axis=2, outs=2)
-        worse_BKI = g.int64(g.slice(best_BKJ, 1, 2**62, 2) < g.slice(best_BKJ, 0, -1, 2))
-        level_BKJ = g.CumSum(g.Pad(worse_BKI, g.shape(1, 0), None, [2]), 2)
+        ahead_BKJ = g.Concat(g.slice(best_BKJ, 0, 1, 2), g.slice(best_BKJ, 0, -1, 2), axis=2)
+        level_BKJ = g.CumSum(g.int64(best_BKJ < ahead_BKJ), 2)
         level_BKJ = g.ScatterElements(by_score_BKJ, by_score_BKJ, level_BKJ, axis=2)
         # Keys that do not exist come last and outrank none.
         _, order_BKJ = g.TopK(level_BKJ * 2**32 + (2**31 - keys.position_BKJ), all_J, axis=2, largest=0, outs=2)
         place_J = g.arange(all_J)
         rank_BKJ = g.ScatterElements(order_BKJ, order_BKJ, g.expand(place_J, g.node("Shape", order_BKJ)), axis=2)
         # The slots ahead of each place of the order, brought back to the keys.
-        ahead_BKJ = g.CumSum(g.int64(order_BKJ < self.W), 2, exclusive=1)
-        room_BKJ = g.Where(exists_BKJ, self.W - g.pick(ahead_BKJ, rank_BKJ), 0)
+        slots_BKJ = g.CumSum(g.int64(order_BKJ < self.W), 2, exclusive=1)
+        room_BKJ = g.Where(exists_BKJ, self.W - g.pick(slots_BKJ, rank_BKJ), 0)
         # Ranks and counts stay below 2^24, exact in float32.
         rank_BKJ = g.to_f32(rank_BKJ)
         rank_new_BKT1 = g.unsqueeze(g.slice(rank_BKJ, self.W, 2**62, 2), 3)
