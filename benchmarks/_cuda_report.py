@@ -35,6 +35,7 @@ def bars(model: Measured, rate: float) -> Iterator[tuple[str, float | None, floa
 
     yield "prompt on kernels × compiled", _over(of("compiled", "prefill_s"), of(KERNELS, "prefill_s")), 0.9
     yield "prompt on bodies × eager references", _over(of("references", "prefill_s"), of(BODIES, "prefill_s")), 0.5
+    yield "step on bodies × eager references", _over(of("references", "step_s"), of(BODIES, "step_s")), 0.5
     yield "step on kernels × compiled", _over(of("compiled", "graph_s"), of(KERNELS, "graph_s")), 1.0
     yield "step on kernels, share of its bound", _over(bound_seconds(model, 1, rate), of(KERNELS, "graph_s")), 0.45
     yield "weights ÷ memory of an open session", _over(of(KERNELS, "weights_bytes"), of(KERNELS, "opened_bytes")), 0.5

@@ -215,12 +215,11 @@ def torch_figures(cfg: ModelConfig, params: Params, how: str, batch: int, length
     figures = {"prefill_s": seconds(prefill, 5 if how != "references" else 2)}
     if profile:
         print_kernels(prefill, f"{how}, prompts of {batch} rows")
-    if how != "references":
-        for _ in range(4):  # compilation, and what records CUDA graphs
-            decode()
-        figures["graph_s" if how == "compiled" else "step_s"] = seconds(decode, STEPS)
-        if profile:
-            print_kernels(decode, f"{how}, steps of {batch} rows")
+    for _ in range(4):  # compilation, and what records CUDA graphs
+        decode()
+    figures["graph_s" if how == "compiled" else "step_s"] = seconds(decode, STEPS)
+    if profile:
+        print_kernels(decode, f"{how}, steps of {batch} rows")
     return figures
 
 

@@ -71,6 +71,32 @@ def cuda_device(number: int = 0) -> CudaDevice:
     return CudaDevice(number, name.value.decode(errors="replace"), *capability)
 
 
+def fill_memory(number: int, pieces: Iterable[tuple[int, int, int]]) -> None:
+    """Set memory of a GPU, as (address, words of 4 bytes, value) each, in the context that CUDA's runtime shares; it is there on return.
+
+    Raises:
+        RuntimeUnavailableError: the driver fails.
+    """
+    driver = ctypes.CDLL("libcuda.so.1")
+    device, context, none = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
+    _require(driver.cuDeviceGet(ctypes.byref(device), number))
+    _require(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
+    _require(driver.cuCtxPushCurrent_v2(context))
+    try:
+        for address, words, value in pieces:
+            if words:
+                _require(driver.cuMemsetD32Async(ctypes.c_uint64(address), ctypes.c_uint(value), ctypes.c_size_t(words), none))
+        _require(driver.cuStreamSynchronize(none))
+    finally:
+        driver.cuCtxPopCurrent_v2(ctypes.byref(none))
+        driver.cuDevicePrimaryCtxRelease_v2(device)
+
+
+def _require(result: int) -> None:
+    if result != 0:
+        raise RuntimeUnavailableError(f"the CUDA driver fails with error {result}; the GPU's memory may be lost, open another session")
+
+
 def native_of(manifest: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What a manifest says of native kernels; None where the bundle has none.
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from wm_graph.errors import CapacityError
 from wm_runtimes.bundle import StateLeaf
+from wm_runtimes.cuda_device import fill_memory
 from wm_runtimes.state_buffers import STORAGE, Array, Buffers, reset_value
 
 ALIGNMENT = 256  # bytes: of each leaf
@@ -61,6 +62,24 @@ class Device:
         if array.size:
             self.view(address, array.shape, array.dtype).update_inplace(np.ascontiguousarray(array))
 
+    def fill(self, values: Sequence[tuple["Place", float]]) -> None:
+        """Set every element of each place to its value, which is there when this returns; on a GPU nothing is copied to it."""
+        pieces = []
+        for place, value in values:
+            word = _word(value, place.dtype) if self.kind == "cuda" else None
+            if word is None or place.address % 4 or place.bytes % 4:
+                self.write(place.address, np.full(place.shape, value, place.dtype))
+            else:
+                pieces.append((place.address, place.bytes // 4, word))
+        if pieces:
+            fill_memory(self.number, pieces)
+
+
+def _word(value: float, dtype: Any) -> int | None:
+    """The 4 bytes that repeat in an array of this value, or None."""
+    data = np.full(8 // np.dtype(dtype).itemsize, value, dtype).view(np.uint32)
+    return int(data[0]) if data[0] == data[1] else None
+
 
 @dataclass(frozen=True)
 class Place:
@@ -74,6 +93,11 @@ class Place:
     def row_bytes(self) -> int:
         """Bytes of one row."""
         return math.prod(self.shape[1:]) * int(np.dtype(self.dtype).itemsize)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all rows."""
+        return self.shape[0] * self.row_bytes
 
     def rows(self, start: int, count: int) -> "Place":
         """Some of its rows."""
@@ -118,9 +142,7 @@ class DeviceBuffers(Buffers):
         self._block = device.empty([ends[-1] + ALIGNMENT], np.uint8)
         first = -(-self._block.data_ptr() // ALIGNMENT) * ALIGNMENT
         self.places = {name: Place(first + place.address, place.shape, place.dtype) for name, place in self.places.items()}
-        for leaf in self.leaves:
-            place = self.places[leaf.name]
-            self.write(leaf.name, 0, np.full(place.shape, reset_value(leaf), place.dtype))
+        self.reset(np.arange(batch))
 
     @property
     def rows_are_aligned(self) -> bool:
@@ -145,11 +167,12 @@ class DeviceBuffers(Buffers):
         for name, rows in saved.items():
             self.write(name, start, rows)
 
-    def reset(self, row: int) -> None:
+    def reset(self, rows: Array) -> None:
         """See `Buffers`."""
-        for leaf in self.leaves:
-            place = self.places[leaf.name]
-            self.write(leaf.name, row, np.full((1, *place.shape[1:]), reset_value(leaf), place.dtype))
+        ordered = np.sort(rows)
+        for run in np.split(ordered, np.flatnonzero(np.diff(ordered) > 1) + 1):
+            if run.size:
+                self.device.fill([(self.places[leaf.name].rows(int(run[0]), run.size), reset_value(leaf)) for leaf in self.leaves])
 
     def permute(self, rows: Array) -> None:
         """See `Buffers`."""

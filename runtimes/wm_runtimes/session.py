@@ -148,8 +148,7 @@ class Session(ABC):
         """
         self._check_open()
         rows_B = self._all_rows_B if rows is None else check_rows(rows, self.batch)
-        for row in rows_B[self._touched_B[rows_B]].tolist():
-            self._buffers.reset(row)
+        self._buffers.reset(rows_B[self._touched_B[rows_B]])
         self._position_B[rows_B] = 0
         self._touched_B[rows_B] = False
         if len(rows_B) == self.batch:

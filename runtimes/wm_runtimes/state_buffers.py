@@ -34,8 +34,8 @@ class Buffers(ABC):
         self.bindings: dict[Any, Any] = {}
 
     @abstractmethod
-    def reset(self, row: int) -> None:
-        """Empty one row."""
+    def reset(self, rows: Array) -> None:
+        """Empty some rows."""
 
     @abstractmethod
     def permute(self, rows: Array) -> None:
@@ -78,10 +78,10 @@ class StateBuffers(Buffers):
                 f"no memory for the state of batch {batch}, capacity {capacity}; use a smaller batch or capacity"
             ) from error
 
-    def reset(self, row: int) -> None:
-        """Empty one row."""
+    def reset(self, rows: Array) -> None:
+        """Empty some rows."""
         for leaf in self.leaves:
-            self.arrays[leaf.name][row] = reset_value(leaf)
+            self.arrays[leaf.name][rows] = reset_value(leaf)
 
     def permute(self, rows: Array) -> None:
         """Row i becomes what row rows[i] was."""

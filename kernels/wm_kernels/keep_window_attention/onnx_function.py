@@ -49,6 +49,7 @@ _node = wm_op(OP_TYPE, INPUTS, OUTPUTS, {"head_dim": int, "kv_num_heads": int, "
 
 # Finite, so that a row that sees no key gives a mean of what is there instead of NaN.
 _HIDDEN = -1e30
+_BLOCK = 32  # queries whose counts are summed at once
 _LEAST = -3.4e38  # a float32 above the least finite one, below any score but -inf
 
 
@@ -255,7 +256,17 @@ class _Node:
         rank_BKJ = g.to_f32(rank_BKJ)
         rank_new_BKT1 = g.unsqueeze(g.slice(rank_BKJ, self.W, 2**62, 2), 3)
         outranks_BKTJ = rank_new_BKT1 < g.unsqueeze(rank_BKJ, 2)
-        return g.CumSum(g.to_f32(outranks_BKTJ), 2), g.to_f32(room_BKJ)
+        return self._summed(g.to_f32(outranks_BKTJ), all_J), g.to_f32(room_BKJ)
+
+    def _summed(self, x_BKTJ: Value, all_J: Value) -> Value:
+        """The running sum over T. In blocks but for onnxruntime's CPU provider: on CUDA it adds up every element from the start."""
+        g = self.g
+        if g.ort:
+            return g.CumSum(x_BKTJ, 2)
+        whole_BKTJ = g.Pad(x_BKTJ, g.shape(0, g.Mod(0 - self.T, _BLOCK)), None, [2])
+        inner_BKNCJ = g.CumSum(g.reshape(whole_BKTJ, 0, self.K, -1, _BLOCK, all_J), 3)
+        before_BKN1J = g.CumSum(g.slice(inner_BKNCJ, -1, 2**62, 3), 2, exclusive=1)
+        return g.slice(g.reshape(inner_BKNCJ + before_BKN1J, 0, self.K, -1, all_J), 0, self.T, 2)
 
     def _best(self, keys: _Keys, kept_BKJ: Value, J: Value) -> tuple[Value, ...]:
         """The kept keys (at most W) in list order, then empty slots."""
