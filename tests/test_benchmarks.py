@@ -33,7 +33,7 @@ def modules(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.syspath_prepend(str(BENCHMARKS / "peers"))
     yield importlib.import_module
-    for name in ("_report", "_peers", "_processes", "cpu", "protocol", "presets"):
+    for name in ("_report", "_cuda_report", "_peers", "_processes", "cpu", "protocol", "presets"):
         sys.modules.pop(name, None)
 
 
@@ -185,6 +185,30 @@ def test_parity_of_presets_is_written_from_its_record_and_tells_every_pair(modul
     pairs = {(f"`{name}`", dtype) for name in presets.PRESETS for dtype in presets.DTYPES.values()}
     assert {(name, dtype) for name, dtype, *_ in lines} == pairs
     assert all(verdict == "passed" or verdict.startswith("not measured: ") for *_, verdict in lines)
+
+
+def test_bars_of_a_gpu_are_judged_and_what_was_not_measured_is_none(modules):
+    ours = {"prefill_s": 0.02, "step_s": 6e-4, "graph_s": 5e-4, "weights_bytes": 6e8, "opened_bytes": 9e8}
+    rows = {
+        "onnxruntime-cuda:kernels": {"1": ours},
+        "compiled": {"1": {"prefill_s": 0.01, "graph_s": 6e-4}},
+        "references": {"reason": "none"},
+    }
+    model = {"preset": "toy", "dtype": "bf16", "bounds": {"1": {"weight_bytes": 6e8, "state_bytes": 0}}, "rows": rows}
+    machine = {"date": "2026-11-01", "device": "a GPU", "versions": {"torch": "2"}}
+    text = modules("_cuda_report").render({"machine": machine, "rates": {"copy_bytes_s": 3e12}, "models": [model]})
+    assert "| toy: prompt on kernels × compiled | 0.5 | ≥ 0.9 | **no** |" in text
+    assert "| toy: step on kernels × compiled | 1.2 | ≥ 1 | yes |" in text
+    assert "| toy: step on kernels, share of its bound | 0.4 | ≥ 0.45 | **no** |" in text
+    assert "| toy: prompt on bodies × eager references | not measured | ≥ 0.5 | – |" in text
+    assert "* references: none" in text
+
+
+def test_tables_of_a_gpu_are_written_from_their_record(modules):
+    report = modules("_cuda_report")
+    found = json.loads((BENCHMARKS / "results" / "cuda_runtimes.json").read_text())
+    page = (BENCHMARKS.parent / "docs" / "performance.md").read_text()
+    assert f"{report.BEGIN}\n\n{report.render(found)}\n\n{report.END}" in page
 
 
 def test_what_is_recorded_of_presets_is_within_the_limits_of_today():
