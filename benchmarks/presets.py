@@ -22,6 +22,7 @@ from wm_graph.tolerances import UNIT_ROUNDOFF
 
 ROOT = Path(__file__).parents[1]
 WM = Path(sysconfig.get_path("scripts")) / "wm"
+ON_GPU = ROOT / "benchmarks" / "results" / "cuda_parity.json"  # what benchmarks/cuda_parity.py measured
 DTYPES = {"fp32": "float32", "fp16": "float16"}
 # Rows of the draws by the number of parameters: every row of a large vocabulary is millions of logits, which R pools.
 DRAWS = ((2e8, 64), (1e9, 8), (float("inf"), 4))
@@ -49,7 +50,7 @@ def main() -> None:
                 found[key] = measure(name, dtype, options.work)
                 print(key, summary(found[key]), flush=True)
                 options.results.write_text(json.dumps(found, indent=1) + "\n")
-                options.report.write_text(render(found), encoding="utf-8")
+                options.report.write_text(render(found, on_gpu()), encoding="utf-8")
 
 
 def measure(name: str, dtype: str, work: Path) -> Row:
@@ -121,7 +122,12 @@ def summary(row: Row) -> str:
     )
 
 
-def render(found: dict[str, Row]) -> str:
+def on_gpu() -> dict[str, Row]:
+    """The record of benchmarks/cuda_parity.py, if there is one."""
+    return json.loads(ON_GPU.read_text()) if ON_GPU.exists() else {}
+
+
+def render(found: dict[str, Row], gpu: dict[str, Row]) -> str:
     """The document."""
     lines = [
         "# Parity of every preset\n",
@@ -131,22 +137,38 @@ def render(found: dict[str, Row]) -> str:
         "`model.ort.onnx`.\n",
         f"u of float32 is {UNIT_ROUNDOFF['float32']:.3g}, of float16 {UNIT_ROUNDOFF['float16']:.3g}.\n",
         "A differing choice is worse than the oracle's by at most the shortfall, a share of its score budget.\n",
-        "| preset | dtype | runtime | draws | R | limit | max abs | limit | choices differing | shortfall | verdict |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        *HEADER,
     ]
     for name, dtype in product(PRESETS, DTYPES):
         row = found.get(f"{name} {dtype}", {"error": "not yet"})
         rows = row.get("rows", [{"runtime": "–", "error": row.get("error")}])
-        lines += [_line(name, dtype, one, row.get("draws", 0)) for one in rows]
+        lines += [_line(f"`{name}`", DTYPES[dtype], one, row.get("draws", 0)) for one in rows]
+    if gpu:
+        lines += [
+            "\n## On a GPU\n",
+            "Written by `python benchmarks/cuda_parity.py`: the same on an H100, prompts of up to 79 tokens and one of 1000, then 256 decoded",
+            "tokens. `eager` and `compiled` are torch on the GPU, through our Triton kernels.\n",
+            *HEADER,
+        ]
+    for key, row in gpu.items():
+        name, dtype = key.split()
+        rows = row.get("rows", [{"runtime": "–", "error": row.get("error")}])
+        lines += [_line(f"`{name}`", {**DTYPES, "bf16": "bfloat16"}[dtype], one, row.get("draws", 0)) for one in rows]
     return "\n".join(lines) + "\n"
+
+
+HEADER = (
+    "| preset | dtype | runtime | draws | R | limit | max abs | limit | choices differing | shortfall | verdict |",
+    "|---|---|---|---|---|---|---|---|---|---|---|",
+)
 
 
 def _line(name: str, dtype: str, row: Row, draws: int) -> str:
     if "error" in row:
-        return f"| `{name}` | {DTYPES[dtype]} | {row['runtime']} | – | – | – | – | – | – | – | not measured: {row['error']} |"
+        return f"| {name} | {dtype} | {row['runtime']} | – | – | – | – | – | – | – | not measured: {row['error']} |"
     draws = row.get("draws", draws)
     cells = (
-        f"`{name}`", row["dtype"], row["runtime"], str(draws), _number(row["R"], ".3f"), f"{row['R_limit']:g}",
+        name, row["dtype"], row["runtime"], str(draws), _number(row["R"], ".3f"), f"{row['R_limit']:g}",
         _number(row["max_abs"], ".2e"), f"{row['max_abs_limit']:.2e}", _number(row["choice_rate"], ".3%"),
         _number(row["choice_excess"], ".2f"), "passed" if row["passed"] else "**failed**",
     )  # fmt: skip

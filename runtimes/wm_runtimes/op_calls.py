@@ -241,15 +241,15 @@ def _sorted_slots(call: Call, outputs: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 @contextmanager
-def handled(handler: Handler, ops: Container[str] = frozenset(OP_OUTPUTS)) -> Iterator[None]:
-    """For a while, calls of ops on the CPU are answered by `handler(name, kernel, args)`; `kernel` is what would have answered."""
-    cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+def handled(handler: Handler, ops: Container[str] = frozenset(OP_OUTPUTS), device: str = "CPU") -> Iterator[None]:
+    """For a while, calls of ops on the CPU, or CUDA, are answered by `handler(name, kernel, args)`; `kernel` is what would have answered."""
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device))
     with torch.library._scoped_library("wm", "IMPL") as library:
         for name in wm_kernels.__all__:
             if name.removesuffix("_") not in ops:
                 continue
-            kernel = torch.library.get_kernel(f"wm::{name}", "CPU")
-            library.impl(name, partial(_pass_on, handler, name, partial(kernel.call_boxed, cpu)), "CPU")
+            kernel = torch.library.get_kernel(f"wm::{name}", device)
+            library.impl(name, partial(_pass_on, handler, name, partial(kernel.call_boxed, keys)), device)
         yield
 
 

@@ -252,11 +252,11 @@ def measure_parity(
     farthest_prompt = min(farthest_prompt, bundle.limits.max_position - decode_steps)
     groups = make_draws(bundle.limits.vocab_size, draws, seed, longest_prompt, decode_steps, farthest_prompt)
     params = params_from_flat(bundle.config, load_tensors(bundle.path))
-    measurement = _Measurement(bundle, params, groups, list(dict.fromkeys(runtimes)), options or {})
+    measurement = Measurement(bundle, params, groups, list(dict.fromkeys(runtimes)), options or {})
     return measurement.run(progress or (lambda text, fraction: None))
 
 
-class _Measurement:
+class Measurement:
     """One call of `measure_parity`: its runners, and the sums they fill group by group."""
 
     def __init__(
@@ -282,7 +282,7 @@ class _Measurement:
                 traces = {}
                 for place, name in enumerate(self.runtimes):
                     progress(f"{name}, {index + 1} of {len(self.groups)}", (done + place) / stages)
-                    traces[name] = self._trace(name, draws)
+                    traces[name] = self.trace(name, draws)
                 progress(f"oracle and eager, {index + 1} of {len(self.groups)}", (done + len(self.runtimes)) / stages)
                 own, eager = self.oracle.run(draws), run_draws(yardstick, draws)
                 moved = self.oracle.run(draws, {name: own.choices[name] for name in self.names}, self.u)
@@ -297,7 +297,7 @@ class _Measurement:
                 telling.close()
         return self._report()
 
-    def _trace(self, name: str, draws: Draws) -> Trace:
+    def trace(self, name: str, draws: Draws) -> Trace:
         """A runtime's answer. It is open from its first draws to its last, so that with one group no two hold weights at once."""
         if name not in self.open:
             options = self._options(name)

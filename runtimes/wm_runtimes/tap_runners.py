@@ -105,9 +105,9 @@ class RecordedOps:
         logits_BV, _ = self._inner.decode(tokens_B)
         return logits_BV, self._values()
 
-    def recording(self) -> AbstractContextManager[None]:
-        """For a while, every op that is told keeps what it gave; whatever kernel would have run still does."""
-        return handled(self._run, self._told)
+    def recording(self, device: str = "CPU") -> AbstractContextManager[None]:
+        """For a while, every op that is told keeps what it gave; whatever kernel would have run, on the CPU or on CUDA, still does."""
+        return handled(self._run, self._told, device)
 
     def _run(self, name: str, kernel: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         op = name.removesuffix("_")
@@ -136,7 +136,7 @@ def _written(name: str, args: tuple[Any, ...]) -> list[Any]:
 
 def _numpy(value: torch.Tensor) -> Array:
     """A copy; bfloat16, which numpy lacks, as float32."""
-    array: Array = (value.float() if value.dtype == torch.bfloat16 else value.clone()).numpy()
+    array: Array = (value.float() if value.dtype == torch.bfloat16 else value.clone()).cpu().numpy()
     return array
 
 
