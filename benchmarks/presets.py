@@ -146,8 +146,8 @@ def render(found: dict[str, Row], gpu: dict[str, Row]) -> str:
     if gpu:
         lines += [
             "\n## On a GPU\n",
-            "Written by `python benchmarks/cuda_parity.py`: the same on an H100, prompts of up to 79 tokens and one of 1000, then 256 decoded",
-            "tokens. `eager` and `compiled` are torch on the GPU, through our Triton kernels.\n",
+            "Written by `python benchmarks/cuda_parity.py`: the same on an H100, prompts of up to 79 tokens and one of 1000, then 256",
+            "decoded tokens. `eager` and `compiled` are torch on the GPU, through our Triton kernels.\n",
             *HEADER,
         ]
     for key, row in gpu.items():

@@ -242,7 +242,7 @@ def _sorted_slots(call: Call, outputs: Mapping[str, Tensor]) -> dict[str, Tensor
 
 @contextmanager
 def handled(handler: Handler, ops: Container[str] = frozenset(OP_OUTPUTS), device: str = "CPU") -> Iterator[None]:
-    """For a while, calls of ops on the CPU, or CUDA, are answered by `handler(name, kernel, args)`; `kernel` is what would have answered."""
+    """For a while, ops on the CPU, or CUDA, are answered by `handler(name, kernel, args)`; `kernel` is what would have answered."""
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device))
     with torch.library._scoped_library("wm", "IMPL") as library:
         for name in wm_kernels.__all__:
