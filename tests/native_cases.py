@@ -12,8 +12,9 @@ from wm_kernels.native_ops import native_op
 
 F32, I64 = torch.float32, torch.int64
 FLOATS = {"dt", "A", "cos", "sin", "state", "score", "slot_score", "cache_score"}  # of float32, whatever the model's dtype
-INTEGERS = {"valid", "position", "expert", "slot_position"}
+INTEGERS = {"valid", "position", "expert", "slot_position", "length"}
 UNKNOWN = "BTMS"  # letters that calls bind
+UNSCALED = {"double": False, "scaling": "none", "factor": 1.0, "original": 1, "low": 1.0, "high": 4.0}
 SCAN = {"H": 16, "P": 64, "G": 16, "N": 64}
 HEADS = {"H": 16, "K": 8, "P": 64}
 CONFIGURATIONS: dict[str, list[tuple[dict[str, int], dict[str, Any], tuple[str, ...]]]] = {
@@ -24,6 +25,10 @@ CONFIGURATIONS: dict[str, list[tuple[dict[str, int], dict[str, Any], tuple[str, 
     "causal_conv1d": [
         ({"C": 4352, "L": 4, "Y": 3}, {"activation": "silu"}, ()),
         ({"C": 40, "L": 2, "Y": 1}, {"activation": "none"}, ("bias_C", "valid_B")),
+    ],
+    "rope_angles": [
+        ({}, {"pairs": 64, "theta": 10000.0} | UNSCALED, ("length_B",)),
+        ({}, {"pairs": 10, "theta": 12345.678901} | UNSCALED | {"scaling": "dynamic", "factor": 2.0, "original": 300}, ()),
     ],
     "router_topk": [({"E": 64}, {"k": 8, "normalize": True}, ()), ({"E": 2048}, {"k": 3, "normalize": False}, ())],
     "product_key_topk": [({"R": 4, "d": 64, "J": 64}, {"k": 8}, ()), ({"R": 1, "d": 8, "J": 1024}, {"k": 3}, ())],
@@ -98,6 +103,11 @@ def eager_call(use: Use, given: dict[str, torch.Tensor], in_place: bool) -> list
             from wm_kernels.rope.triton_op import rope_triton
 
             return [rope_triton(*given.values())]
+        case "rope_angles":
+            from wm_kernels.rope_angles.triton_op import rope_angles_triton
+
+            numbers = (plain[name] for name in ("scaling", "factor", "original", "low", "high"))
+            return list(rope_angles_triton(given["position_BT"], plain["pairs"], plain["theta"], get("length_B"), *numbers))
         case "causal_conv1d":
             from wm_kernels.causal_conv1d.triton_op import causal_conv1d_triton
 

@@ -24,7 +24,7 @@ SIZES = (
     {"B": 2, "T": 2500, "M": 4096, "S": 4096},
 )
 HALF = ("residual_rms_norm", "causal_conv1d", "moe_mix", "ssd_scan_rope", "attention_rope")  # also in float16
-SINGLE = ("rope", "router_topk", "expert_mix", "selective_scan")  # also in float32
+SINGLE = ("rope", "rope_angles", "router_topk", "expert_mix", "selective_scan")  # also in float32
 CASES = [
     *((op, index, torch.bfloat16) for op, every in CONFIGURATIONS.items() for index in range(len(every))),
     *((op, 0, torch.float16) for op in HALF),
@@ -74,10 +74,16 @@ def _whole(draw: torch.Generator, limit: int, shape: Sequence[int]) -> Tensor:
 
 
 def _drawn(name: str, shape: tuple[int, ...], every: Mapping[str, int], position_B: Tensor, draw: torch.Generator) -> Tensor:
-    normal = torch.randn(shape, generator=draw, device=draw.device) if name.split("_")[0] not in ("position", "valid", "expert") else None
+    normal = (
+        torch.randn(shape, generator=draw, device=draw.device)
+        if name.split("_")[0] not in ("position", "valid", "expert", "length")
+        else None
+    )
     match name.rsplit("_", 1)[0]:
         case "position":
-            return position_B
+            return position_B if len(shape) == 1 else position_B[:, None] + torch.arange(shape[1], device=draw.device)
+        case "length":
+            return 1 + _whole(draw, 4096, shape)
         case "valid":
             return 1 + _whole(draw, every["T"], shape)
         case "expert":

@@ -147,12 +147,12 @@ def test_kernels_of_another_architecture_are_refused_by_doctor_and_check(on_h100
 
 
 def test_a_bundle_that_lacks_a_kernel_runs_its_body_unless_kernels_are_asked_for(on_h100, tmp_path: Path) -> None:
-    native = {"architectures": ["sm_90"], "without": ["rope_angles", "scored_attention"]}
+    native = {"architectures": ["sm_90"], "without": ["scored_attention"]}
     bundle = open_bundle(make_toy_bundle(tmp_path / "bundle", native=native))
     assert bundle_reason(bundle) is None
     assert bundle_reason(bundle, kernels=False) is None
     assert str(bundle_reason(bundle, kernels=True)).startswith("scored_attention has no native kernel for this model")
-    whole = open_bundle(make_toy_bundle(tmp_path / "whole", native=native | {"without": ["rope_angles"]}))
+    whole = open_bundle(make_toy_bundle(tmp_path / "whole", native=native | {"without": []}))
     assert bundle_reason(whole, kernels=True) is None
 
 

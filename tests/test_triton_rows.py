@@ -9,6 +9,7 @@ from wm_kernels.gated_rms_norm.definition import gated_rms_norm_reference
 from wm_kernels.numerics import numerics
 from wm_kernels.residual_rms_norm.definition import residual_rms_norm_reference
 from wm_kernels.rope.definition import rope_reference
+from wm_kernels.rope_angles.definition import rope_angles_reference
 from wm_kernels.selective_scan.definition import selective_scan_reference
 
 pytestmark = needs_triton
@@ -154,6 +155,20 @@ def test_selective_scan_at_the_ends_of_its_steps(steps):
     got, expected = selective_scan_triton(x, dt, A, b, c, state, None), selective_scan_reference(*wide((x, dt, A, b, c, state, None)))
     for actual, truth in zip(got, expected, strict=True):
         check("selective_scan", torch.float32, actual, truth)
+
+
+@pytest.mark.parametrize("pairs", [1, 10, 32])
+@pytest.mark.parametrize("scaling", ["none", "linear", "llama3", "dynamic"])
+def test_rope_angles(scaling, pairs):
+    from wm_kernels.rope_angles.triton_op import rope_angles_triton
+
+    position = torch.tensor([[0, 1, 77, 4095, 100_003], [2**24 - 1, 2**24, 8, 131_072, 5]], device=DEVICE)
+    numbers = (scaling, 8.0, 4096, 1.0, 4.0)
+    length = torch.tensor([100_004, 17], device=DEVICE) if scaling == "dynamic" else None
+    expected = rope_angles_reference(position, pairs, 10000.0, True, length, *numbers)
+    for given in (position, position.repeat_interleave(2, 1)[:, ::2]):  # in strides too
+        for actual, truth in zip(rope_angles_triton(given, pairs, 10000.0, length, *numbers), expected, strict=True):
+            check("rope_angles", torch.float32, actual, truth)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

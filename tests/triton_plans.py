@@ -55,6 +55,14 @@ def rope(dtype: torch.dtype, arch: str) -> Plans:
         yield plan(2, T, 16, 128, 64, dtype, (T * 2048, 2048, 128), angles, angles, arch), names
 
 
+def rope_angles(dtype: torch.dtype, arch: str) -> Plans:
+    from wm_kernels.rope_angles.plan import plan
+
+    names = {"position_BT": I64, "length_B": I64, "cos_BTF": F32, "sin_BTF": F32}
+    for scaling in ("none", "linear", "llama3", "dynamic"):
+        yield plan(2, 4096, 64, 10000.0, scaling, 8.0, 4096, 1.0, 4.0, arch), names
+
+
 def selective_scan(dtype: torch.dtype, arch: str) -> Plans:
     from wm_kernels.selective_scan.plan import plan
 
@@ -151,8 +159,8 @@ def moe_mix(dtype: torch.dtype, arch: str) -> Plans:
 
 
 FUNCTIONS = (
-    residual_rms_norm, gated_rms_norm, causal_conv1d, rope, selective_scan, ssd_scan, ssd_scan_rope, attention, keep_window_attention,
-    product_key_topk, router_topk, expert_mix, moe_mix,
+    residual_rms_norm, gated_rms_norm, causal_conv1d, rope, rope_angles, selective_scan, ssd_scan, ssd_scan_rope, attention,
+    keep_window_attention, product_key_topk, router_topk, expert_mix, moe_mix,
 )  # fmt: skip
 OPS = {function.__name__: function for function in FUNCTIONS}
 

@@ -102,7 +102,8 @@ class Native:
         plan: the launches of a call.
         outputs: in order.
         names: the plan's name of a tensor -> the op's; of several the first that is there, for stand-ins. Others are the op's own.
-        attributes: plain argument -> attribute of the ONNX node; those that are not named have their own name.
+        attributes: plain argument -> attribute of the ONNX node; those that are not named have their own name. Or a function from plain
+            arguments to all attributes that the node has.
         sizes: letters that kernels must know though graphs do not, from the plain arguments, and those of outputs alone.
         apart: whether kernels can also leave the state that they are given as it is and write the new one elsewhere.
         rows: kernels that move rows, by name.
@@ -112,7 +113,7 @@ class Native:
     plan: Callable[[Call], Plan]
     outputs: tuple[Output, ...]
     names: Mapping[str, str | tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
-    attributes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    attributes: Mapping[str, str] | Callable[[Mapping[str, Any]], Mapping[str, Any]] = field(default_factory=lambda: MappingProxyType({}))
     sizes: Callable[[Mapping[str, Any]], Mapping[str, int]] = lambda plain: {}
     apart: bool = False
     rows: Mapping[str, Rows] = field(default_factory=lambda: MappingProxyType({}))

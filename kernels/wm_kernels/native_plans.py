@@ -128,7 +128,10 @@ def _plain(value: Any) -> int | str:
 
 def _attributes(declared: Native, use: Use) -> dict[str, Any]:
     """Those of the node that select an entry; a plain argument whose attribute is "" selects none."""
-    named = {declared.attributes.get(name, name): value for name, value in use.plain}
+    if callable(declared.attributes):
+        named = dict(declared.attributes(dict(use.plain)))
+    else:
+        named = {declared.attributes.get(name, name): value for name, value in use.plain}
     return {name: {"float": repr(value)} if isinstance(value, float) else _plain(value) for name, value in named.items() if name}
 
 

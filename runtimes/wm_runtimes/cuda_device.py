@@ -11,7 +11,6 @@ from wm_graph.errors import BundleError, RuntimeUnavailableError
 
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 _NAME_BYTES = 256
-BODIES_SUFFICE = {"rope_angles"}  # once a call, some table look-ups: no op has a kernel of it
 
 
 @dataclass(frozen=True)
@@ -113,13 +112,13 @@ def native_of(manifest: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def ops_without_kernels(manifest: Mapping[str, Any]) -> list[str]:
-    """The ops of a bundle with native kernels that have none, but for those of `BODIES_SUFFICE`.
+    """The ops of a bundle with native kernels that have none.
 
     Raises:
         BundleError: the manifest is malformed.
     """
     native = native_of(manifest)
-    return [] if native is None else sorted(set(map(str, native.get("without") or ())) - BODIES_SUFFICE)
+    return [] if native is None else sorted(set(map(str, native.get("without") or ())))
 
 
 def kernels_reason(manifest: Mapping[str, Any], device: CudaDevice) -> str | None:

@@ -137,7 +137,7 @@ class OnnxRuntimeCudaSession(OnnxRuntimeSession):
         bundle: the bundle.
         batch: number of rows.
         capacity: most tokens per row.
-        kernels: run the native kernels of the bundle, which must be there for every op but `rope_angles`; False runs the bodies of the
+        kernels: run the native kernels of the bundle, which must be there for every op; False runs the bodies of the
             ONNX functions; None runs all kernels of a bundle that has some, the bodies of its other ops, and those of a bundle without any.
         graph: `model.cuda.onnx` (the default, of fewer nodes), `model.onnx` (the default where a bundle lacks the former) or
             `model.ort.onnx`, whose bodies are tuned for CPUs.

@@ -4,11 +4,13 @@ B batch   T tokens   F rotated pairs
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from wm_kernels._registration import check_dtype, check_shapes, check_that, register_kernel
+from wm_kernels.triton_support import served
 
 SCALINGS = ("none", "linear", "llama3", "dynamic")
 
@@ -149,4 +151,24 @@ def _(
     return position_BT.new_empty(shape, dtype=dtype), position_BT.new_empty(shape, dtype=dtype)
 
 
-register_kernel(rope_angles, "cuda")(rope_angles._init_fn)
+@register_kernel(rope_angles, "cuda")
+def _(
+    position_BT: Tensor,
+    pairs: int,
+    theta: float,
+    double: bool = False,
+    length_B: Tensor | None = None,
+    scaling: str = "none",
+    factor: float = 1.0,
+    original: int = 1,
+    low: float = 1.0,
+    high: float = 4.0,
+) -> tuple[Tensor, Tensor]:
+    numbers = (scaling, factor, original, low, high)
+    if double or not served() or not position_BT.numel() or position_BT.dtype != torch.int64:
+        cos_BTF, sin_BTF = rope_angles_reference(position_BT, pairs, theta, double, length_B, *numbers)
+        return cos_BTF.contiguous(), sin_BTF.contiguous()
+    from wm_kernels.rope_angles.triton_op import rope_angles_triton
+
+    check = partial(_check, position_BT, pairs, theta, length_B, *numbers)
+    return rope_angles_triton(position_BT, pairs, theta, length_B, *numbers, check=check)

@@ -48,13 +48,18 @@ def translation(
 ) -> Any:
     """torch.ops.wm.rope_angles to its node; no file is float64, so `double` does not matter."""
     inputs = (position_BT, length_B) if scaling == "dynamic" else (position_BT,)
+    return _node(*inputs, **attributes_of(pairs, theta, scaling, factor, original, low, high))
+
+
+def attributes_of(pairs: int, theta: float, scaling: str, factor: float, original: int, low: float, high: float) -> dict[str, Any]:
+    """What the node says of a call."""
     attributes: dict[str, Any] = {"pairs": pairs, "theta": theta}
     if float(np.float32(theta)) != theta:
         attributes["exact_theta"] = repr(float(theta))
     if scaling != "none":
         attributes |= {"scaling": scaling, "original": original}
         attributes |= {name: repr(float(value)) for name, value in (("factor", factor), ("low", low), ("high", high))}
-    return _node(*inputs, **attributes)
+    return attributes
 
 
 def share_tables(nodes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
