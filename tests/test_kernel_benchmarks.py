@@ -228,6 +228,19 @@ for op, case in asked["cases"]:
 """
 
 
+def test_designs_are_timed_as_ours_is_once_all_are_right(modules, monkeypatch):
+    kernels, Case = modules("kernels"), modules("kernel_cases").Case
+    times = {"ours": 100.0, "as fold": 900.0}
+    monkeypatch.setattr(kernels, "timed", lambda call: figures(times[call()]))
+    monkeypatch.setattr(kernels, "graph_microseconds", lambda call: times[call()] / 2)
+    monkeypatch.setattr(kernels, "launches", lambda call: 2)
+    case = Case("a", "M", "bfloat16", dict, lambda v: "ours", lambda v: v["error"], designs={"as fold": lambda v: "as fold"})
+    found = kernels.ours(case, {"error": 0.5})
+    assert found["ours"] == figures(100.0) | {"graph_us": 50.0}
+    assert found["designs"] == {"as fold": figures(900.0)}  # too long for the host to show
+    assert "designs" not in kernels.ours(case, {"error": 2.0})
+
+
 def test_what_ends_the_measuring_process_is_named_and_another_goes_on(modules):
     kernels, Case = modules("kernels"), modules("kernel_cases").Case
     cases = [Case("a", name, "bfloat16", dict, dict, dict) for name in ("L", "M", "N", "O")]

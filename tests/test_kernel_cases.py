@@ -191,3 +191,17 @@ def test_exact_cases_run_and_are_judged_in_exact_mode(modules):
     assert (made.ours({}), made.oracle({}), exact()) == (True, 1.0, False)
     assert replace(made).oracle is made.oracle
     assert common.exactly(case, "step", 16, lambda v: False).oracle({}) == float("inf")
+
+
+def test_first_calls_are_those_of_every_op_and_of_kernels_that_its_first_case_lacks(modules):
+    first_calls = modules("first_calls")
+    found = first_calls.chosen([], False)
+    assert {op for op, _ in found} >= public_ops()
+    assert set(first_calls.ALSO) <= set(found)
+    assert first_calls.chosen(["moe_mix"], False) == [("moe_mix", "E 64 k 8"), ("moe_mix", "E 64 k 8, own")]
+    assert len(first_calls.chosen(["moe_mix"], True)) > 2
+
+
+def test_figures_of_other_first_calls_stay(modules):
+    rows = [{"op": "a", "case": name, "first_call_s": seconds} for name, seconds in (("M", 1.0), ("N", 2.0), ("M", 3.0))]
+    assert modules("first_calls").merged(rows[:2], rows[2:]) == [rows[2], rows[1]]
