@@ -3,6 +3,10 @@
     python benchmarks/_kernels_report.py RUN.json RUN.json ...
 
 writes them from several runs, each of some cases: a case's last row counts, unless an earlier one has more peers.
+
+One clock for each kind of ratio. What the device does, which is rates of bytes and FLOP, a case beside another case of ours and a design
+beside other designs of ours, goes by the device's time: that in a graph, or from Python where a call is too long for the host to show.
+A peer beside ours goes by the time from Python, of both.
 """
 
 import json
@@ -15,6 +19,7 @@ from typing import Any
 
 BEGIN, END = "<!-- kernels: begin; written by benchmarks/kernels.py -->", "<!-- kernels: end -->"
 Measured = dict[str, Any]
+DESIGNS = "× the fastest of our designs"
 
 
 def write(results: Measured, docs: Path) -> None:
@@ -34,8 +39,8 @@ def join(runs: Sequence[Measured]) -> Measured:
     for number, run in enumerate(runs, 1):
         for found in run["cases"]:
             key = found["op"], found["case"], found["dtype"]
-            bars = {text: bar(run, found, text)[0] for text in found["bars"]}
-            new = found | {"run": number, "rates": run["rates"], "measured": bars}
+            beside = {text: other for text in found["bars"] if (other := _other(run, found, text))}
+            new = found | {"run": number, "rates": run["rates"]} | ({"beside": beside} if beside else {})
             if key not in cases or _timed(new) >= _timed(cases[key]):
                 cases[key] = new
     ordered = sorted(cases.values(), key=lambda found: (found["op"], found["run"]))
@@ -51,7 +56,24 @@ def split(results: Measured) -> list[Measured]:
 
 
 def _timed(found: Measured) -> int:
-    return sum("us" in row for row in found.get("peers", {}).values())
+    return sum("us" in row for kind in ("peers", "designs") for row in found.get(kind, {}).values())
+
+
+def device_us(row: Measured) -> float:
+    """What a call takes on the device."""
+    return row.get("graph_us") or row["us"]
+
+
+def _clock(row: Measured) -> str:
+    return "graph" if row.get("graph_us") else "Python"
+
+
+def _other(results: Measured, found: Measured, text: str) -> Measured | None:
+    """Our times in the case that a bar `time ÷ CASE` names, in the same run."""
+    if text in found.get("beside", {}):
+        return found["beside"][text]
+    key = (found["op"], text.removeprefix("time ÷ "), found["dtype"])
+    return next((row["ours"] for row in results["cases"] if (row["op"], row["case"], row["dtype"]) == key and "ours" in row), None)
 
 
 def line(found: Measured, rates: Measured) -> str:
@@ -71,7 +93,7 @@ def _over(row: Measured, ours: float) -> str:
 
 def _share(found: Measured, rates: Measured) -> str:
     """Achieved bytes/s and FLOP/s over what the card does at best."""
-    seconds, rates = found["ours"]["us"] * 1e-6, found.get("rates", rates)
+    seconds, rates = device_us(found["ours"]) * 1e-6, found.get("rates", rates)
     moved, done = found["bytes"] / seconds, found["flops"] / seconds
     return f"{moved / 1e12:.2f} TB/s ({moved / rates['copy_bytes_s']:.0%}), {done / 1e12:.1f} TFLOP/s ({done / rates['matmul_flop_s']:.0%})"
 
@@ -80,7 +102,7 @@ def render(results: Measured) -> str:
     """Machine, table of cases, bars, peers that cannot run, as markdown."""
     runs = results.get("runs", [results])
     head = "\n".join(f"{f'{number}. ' if len(runs) > 1 else ''}{_setting(run)}" for number, run in enumerate(runs, 1))
-    return "\n\n".join([head, _cases(results), _bars(results), *_reasons(results)])
+    return "\n\n".join([head, _cases(results), *_designs(results), _bars(results), *_reasons(results)])
 
 
 def _setting(run: Measured) -> str:
@@ -116,44 +138,64 @@ def bar(results: Measured, found: Measured, text: str) -> tuple[float | None, st
     ours, peers = found.get("ours"), found.get("peers", {})
     if ours is None:
         return None, "≥"
-    if "measured" in found:
-        return found["measured"][text], "≤" if text.startswith(("memory ÷", "time ÷", "launches")) else "≥"
+    if text == DESIGNS:
+        times = [device_us(row) for row in found.get("designs", {}).values()]
+        return (min(times) / device_us(ours) if times else None), "≥"
     if text.startswith("× "):
         times = [peers.get(name, {}).get("us") for name in text[2:].split(" + ")]
         return (None if None in times else sum(times) / ours["us"]), "≥"
     if text in ("copy rate", "matmul rate"):
         key, limit = ("bytes", "copy_bytes_s") if text == "copy rate" else ("flops", "matmul_flop_s")
-        return found[key] / (ours["us"] * 1e-6) / results["rates"][limit], "≥"
+        return found[key] / (device_us(ours) * 1e-6) / found.get("rates", results["rates"])[limit], "≥"
     if text.startswith("memory ÷ "):
         other = peers.get(text.removeprefix("memory ÷ "), {}).get("extra_bytes")
         return (ours["extra_bytes"] / other if other else None), "≤"
     if text.startswith("time ÷ "):
-        key = (found["op"], text.removeprefix("time ÷ "), found["dtype"])
-        other = next(
-            (row["ours"]["us"] for row in results["cases"] if (row["op"], row["case"], row["dtype"]) == key and "ours" in row), None
-        )
-        return (ours["us"] / other if other else None), "≤"
+        other = _other(results, found, text)
+        return (device_us(ours) / device_us(other) if other else None), "≤"
     if text == "launches":
         return found["launches"], "≤"
     raise ValueError(f"{found['op']} {found['case']}: no bar is called {text!r}")
 
 
+def clock(results: Measured, found: Measured, text: str) -> str:
+    """By which clock a bar is judged; of two times by which each, where they differ."""
+    if "ours" not in found or text.startswith(("memory ÷", "launches")):
+        return "–"
+    rows = [found["ours"]]
+    if text == DESIGNS:
+        rows += sorted(found.get("designs", {}).values(), key=device_us)[:1]
+    elif text.startswith("time ÷ "):
+        rows += [other for other in [_other(results, found, text)] if other]
+    elif text.startswith("× "):
+        return "Python"
+    return " ÷ ".join(dict.fromkeys(map(_clock, rows)))
+
+
 def _bars(results: Measured) -> str:
-    rows = [("bar", "measured", "limit", "met")]
+    rows = [("bar", "measured", "by", "limit", "met")]
     for found in results["cases"]:
         for text, limit in found["bars"].items():
             value, sign = bar(results, found, text)
             met = value is not None and (value >= limit if sign == "≥" else value <= limit)
-            shown = "not measured" if value is None else f"{value:.3g}"
-            rows.append(
-                (
-                    f"{found['op']}, {found['case']}: {text}",
-                    shown,
-                    f"{sign} {limit:g}",
-                    "–" if value is None else "yes" if met else "**no**",
-                )
-            )
+            shown, verdict = ("not measured", "–") if value is None else (f"{value:.3g}", "yes" if met else "**no**")
+            name, by = f"{found['op']}, {found['case']}: {text}", "–" if value is None else clock(results, found, text)
+            rows.append((name, shown, by, f"{sign} {limit:g}", verdict))
     return _table(rows)
+
+
+def _designs(results: Measured) -> Iterable[str]:
+    """What calls take in other designs of ours, on the device."""
+    measured = [found for found in results["cases"] if found.get("designs")]
+    names = sorted({name for found in measured for name in found["designs"]})
+    rows = [("op, case, dtype", "ours: µs", *(f"{name} (÷ ours)" for name in names))]
+    for found in measured:
+        ours = device_us(found["ours"])
+        times = {name: device_us(row) for name, row in found["designs"].items()}
+        cells = (f"{times[name]:.1f} ({times[name] / ours:.2f})" if name in times else "–" for name in names)
+        rows.append((f"{found['op']}, {found['case']}, {found['dtype']}", f"{ours:.1f}", *cells))
+    if measured:
+        yield "Calls in our other designs, whose results are checked alike, by the device's time:\n\n" + _table(rows)
 
 
 def _reasons(results: Measured) -> Iterable[str]:

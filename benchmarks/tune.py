@@ -15,15 +15,16 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import torch
 from _timing import graph_microseconds, microseconds
 from kernel_cases import Inputs, Space, all_spaces
 
-from wm_kernels import triton_configs, triton_launch
+from wm_kernels import native_ops, triton_configs, triton_launch
 
 Values = dict[str, int]
 Compilation = tuple[str, str, tuple[Any, ...], dict[str, Any]]  # module, kernel, arguments with dtypes for tensors, constants and options
@@ -33,14 +34,23 @@ FINALISTS = 3
 GRAPHED = 150.0  # microseconds: faster calls are timed as a CUDA graph
 
 
-def force(op: str, values: Mapping[str, int] | None) -> None:
-    """Make the op use these values whatever its table says; None goes back to the table."""
-    rows = _rows if values is None else lambda name: (MappingProxyType({"values": values}),) if name == op else _rows(name)
+def force(op: str, regime: str = "", values: Mapping[str, int] | None = None) -> None:
+    """Make the op use these values in the regime, whatever its table says; without any go back to the table."""
+    row = MappingProxyType({"regime": regime, "values": values})
+    rows = _rows if values is None else lambda name: (row, *_rows(name)) if name == op else _rows(name)
     triton_configs._rows = rows  # type: ignore[assignment]
     triton_configs.config.cache_clear()
-    for function in vars(importlib.import_module(f"wm_kernels.{op}.plan")).values():
+    if (plan := part_of(op, "plan")) is None:
+        return
+    for function in vars(plan).values():
         if hasattr(function, "cache_clear") and function.__module__.endswith(f"{op}.plan"):
             function.cache_clear()
+
+
+def part_of(op: str, name: str) -> ModuleType | None:
+    """A module of an op's folder; None where the op has another's, as scans with rotation have those of scans."""
+    module = f"wm_kernels.{op}.{name}"
+    return importlib.import_module(module) if find_spec(module) else None
 
 
 _rows = triton_configs._rows
@@ -58,7 +68,7 @@ def compilations(space: Space, values: Values, inputs: Inputs) -> list[Compilati
 
     launch_now = triton_launch.run
     callers = [module for name, module in sys.modules.items() if name.startswith("wm_kernels.") and vars(module).get("run") is launch_now]
-    force(space.case.op, values)
+    force(space.case.op, space.regime, values)
     for module in callers:
         vars(module)["run"] = record
     try:
@@ -102,7 +112,7 @@ def compile_one(capability: int, job: Compilation) -> str | None:
 
 def measure(space: Space, values: Values, inputs: Inputs, ms: int) -> float:
     """Median microseconds of a call, or infinity if it is wrong or cannot run."""
-    force(space.case.op, values)
+    force(space.case.op, space.regime, values)
     try:
         error = space.case.oracle(inputs)
         if not error <= 1:
@@ -156,7 +166,7 @@ class Trial:
             print(f"{case.op} {case.name} {self.space.regime}: {micros:.1f} us {chosen}; {spent}, {len(tried)} of {len(group)}", flush=True)
             for us, values in times[1:5]:
                 print(f"    {us:8.1f} { ({name: values[name] for name in group[0]}) }", flush=True)
-        force(case.op, None)
+        force(case.op)
         return self.best
 
 
@@ -184,8 +194,8 @@ def main() -> None:
     parser.add_argument("--log", type=Path, help="write all that was measured as JSON")
     given = parser.parse_args()
     wanted = [space for space in all_spaces() if not given.op or {space.case.op, f"{space.case.op}:{space.regime}"} & set(given.op)]
-    for op in {space.case.op for space in wanted}:
-        importlib.import_module(f"wm_kernels.{op}.triton_op")
+    for op in native_ops.OPS:  # whose calls are recorded where they are launched
+        part_of(op, "triton_op")
     # Forked before anything touches CUDA, which does not survive a fork.
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), mp_context=multiprocessing.get_context("fork")) as pool:
         pool.submit(os.getpid).result()

@@ -37,6 +37,7 @@ def results(**case):
     measured |= {
         "ours": figures(100.0, 10),
         "peers": {"p": figures(300.0, 1000), "part": figures(50.0), "gone": {"reason": "ImportError: no"}},
+        "designs": {"as sweep": figures(80.0), "as fold": figures(200.0)},
     }
     machine = {"device": "X", "versions": {"torch": "2"}, "date": "D"}
     return {"machine": machine, "rates": {"copy_bytes_s": 3e12, "matmul_flop_s": 7e14}, "cases": [measured | case]}
@@ -53,6 +54,7 @@ def results(**case):
         ("memory ÷ p", 0.01, "≤"),
         ("time ÷ M", 1.0, "≤"),
         ("time ÷ N", None, "≤"),
+        ("× the fastest of our designs", 0.8, "≥"),
         ("launches", 2, "≤"),
     ],
 )
@@ -62,6 +64,33 @@ def test_a_bar_is_what_its_text_says(modules, text, value, sign):
     assert measured == (pytest.approx(value) if value is not None else None, sign)
 
 
+@pytest.mark.parametrize(
+    ("text", "value", "by"),
+    [
+        ("copy rate", 4.0, "graph"),
+        ("time ÷ N", 0.5, "graph"),
+        ("time ÷ O", 0.125, "graph ÷ Python"),
+        ("× the fastest of our designs", 1.2, "graph"),
+        ("× p", 3.0, "Python"),
+        ("launches", 2, "–"),
+    ],
+)
+def test_what_the_device_does_is_judged_by_its_own_time_and_peers_by_that_from_python(modules, text, value, by):
+    report, found = modules("_kernels_report"), results(ours=figures(100.0, 10) | {"graph_us": 25.0})
+    case = found["cases"][0]
+    case["designs"] = {"as sweep": figures(110.0) | {"graph_us": 30.0}}
+    found["cases"] += [case | {"case": "N", "ours": figures(400.0) | {"graph_us": 50.0}}, case | {"case": "O", "ours": figures(200.0)}]
+    assert report.bar(found, case, text)[0] == pytest.approx(value)
+    assert report.clock(found, case, text) == by
+    assert "12.00 TB/s (400%)" in report.line(case, found["rates"])
+
+
+def test_our_designs_have_a_table_of_their_own(modules):
+    text = modules("_kernels_report").render(results())
+    assert "| op, case, dtype | ours: µs | as fold (÷ ours) | as sweep (÷ ours) |" in text
+    assert "| a, M, bfloat16 | 100.0 | 200.0 (2.00) | 80.0 (0.80) |" in text
+
+
 def test_the_report_says_what_failed_and_what_could_not_run(modules, tmp_path):
     report = modules("_kernels_report")
     document = tmp_path / "performance.md"
@@ -69,13 +98,13 @@ def test_the_report_says_what_failed_and_what_could_not_run(modules, tmp_path):
     report.write(results(bars={"× p": 4.0, "launches": 2}), tmp_path)
     first = document.read_text(encoding="utf-8")
     assert first.startswith("# Performance\n\nBefore.\n")
-    assert "| a, M: × p | 3 | ≥ 4 | **no** |" in first
-    assert "| a, M: launches | 2 | ≤ 2 | yes |" in first
+    assert "| a, M: × p | 3 | Python | ≥ 4 | **no** |" in first
+    assert "| a, M: launches | 2 | – | ≤ 2 | yes |" in first
     assert "* gone (a): ImportError: no" in first
     assert "3.00</text>" in (tmp_path / "kernels.svg").read_text(encoding="utf-8")
     # A wrong result has no times, and what was written before is replaced.
     wrong = results(error=float("inf"), reason="OutOfResources: shared memory")
-    for name in ("ours", "peers", "launches"):
+    for name in ("ours", "peers", "designs", "launches"):
         wrong["cases"][0].pop(name)
     report.write(wrong, tmp_path)
     second = document.read_text(encoding="utf-8")
@@ -136,6 +165,7 @@ def test_runs_of_some_cases_are_joined_and_compared_within_themselves(modules, t
     assert (rows["M"]["run"], rows["N"]["run"]) == (1, 2)  # the first M has two peers, the second one
     assert report.bar(joined, rows["M"], "× p") == (3.0, "≥")
     assert report.bar(joined, rows["N"], "time ÷ M") == (pytest.approx(1.8), "≤")  # the M of its own run
+    assert report.join(report.split(joined))["cases"] == joined["cases"]  # which the row keeps
     text = report.render(joined)
     assert "| a, N, bfloat16 (run 2) | 90.0 |" in text
     assert "3.33 TB/s (56%)" in text
@@ -198,6 +228,19 @@ for op, case in asked["cases"]:
 """
 
 
+def test_designs_are_timed_as_ours_is_once_all_are_right(modules, monkeypatch):
+    kernels, Case = modules("kernels"), modules("kernel_cases").Case
+    times = {"ours": 100.0, "as fold": 900.0}
+    monkeypatch.setattr(kernels, "timed", lambda call: figures(times[call()]))
+    monkeypatch.setattr(kernels, "graph_microseconds", lambda call: times[call()] / 2)
+    monkeypatch.setattr(kernels, "launches", lambda call: 2)
+    case = Case("a", "M", "bfloat16", dict, lambda v: "ours", lambda v: v["error"], designs={"as fold": lambda v: "as fold"})
+    found = kernels.ours(case, {"error": 0.5})
+    assert found["ours"] == figures(100.0) | {"graph_us": 50.0}
+    assert found["designs"] == {"as fold": figures(900.0)}  # too long for the host to show
+    assert "designs" not in kernels.ours(case, {"error": 2.0})
+
+
 def test_what_ends_the_measuring_process_is_named_and_another_goes_on(modules):
     kernels, Case = modules("kernels"), modules("kernel_cases").Case
     cases = [Case("a", name, "bfloat16", dict, dict, dict) for name in ("L", "M", "N", "O")]
@@ -224,15 +267,26 @@ def test_joined_runs_are_split_as_they_were(modules):
     assert report.split(first) == [first]
 
 
+def test_the_page_is_written_from_its_record(modules):
+    report = modules("_kernels_report")
+    found = json.loads((BENCHMARKS / "results" / "kernels.json").read_text(encoding="utf-8"))
+    page = (BENCHMARKS.parent / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert f"{report.BEGIN}\n\n{report.render(found)}\n\n{report.END}" in page
+    assert (BENCHMARKS.parent / "docs" / "kernels.svg").read_text(encoding="utf-8") == report.plot(found)
+
+
 def test_every_bar_of_a_case_names_something_measured(modules):
     report, cases = modules("_kernels_report"), modules("kernel_cases").all_cases()
     assert len({(case.op, case.name, case.dtype) for case in cases}) == len(cases)
     for case in cases:
         peers = {name: figures(1.0, 1) for name in case.peers}
         found = results(op=case.op, case=case.name, dtype=case.dtype, bytes=case.bytes, flops=case.flops, peers=peers, bars=dict(case.bars))
+        found["cases"][0]["designs"] = {name: figures(1.0) for name in case.designs}
         for text, limit in case.bars.items():
             value, _ = report.bar(found, found["cases"][0], text)
-            assert value is not None or text.startswith("time ÷ "), f"{case.op} {case.name}: {text} names no peer of the case"
+            beside = text.removeprefix("time ÷ ")
+            others = {other.name for other in cases if other.op == case.op} if text != beside else set()
+            assert value is not None or beside in others, f"{case.op} {case.name}: {text} names nothing that is measured"
             assert limit > 0
 
 
@@ -300,7 +354,7 @@ def test_the_tuner_compiles_what_a_launch_would(modules, monkeypatch):
     try:
         (job,) = tune.compilations(cases.Space(case, "few", {}, {}, []), {"elements": 16, "num_warps": 2}, {})
     finally:
-        tune.force("router_topk", None)
+        tune.force("router_topk")
     module, kernel, arguments, options = job
     assert (module, kernel) == ("wm_kernels.router_topk.triton_kernel", "router_topk_kernel")
     assert arguments == (torch.float32, torch.float32, torch.int64, 4, 8)

@@ -21,13 +21,15 @@ class Case:
         dtype: `float32`, `float16` or `bfloat16`.
         make: the inputs, on the current CUDA device, from a fixed seed.
         ours: runs the op on the inputs.
-        oracle: runs the op on the inputs, and gives the worst error over its budget: at most 1 is right.
+        oracle: runs the op on the inputs, in each of its designs, and gives the worst error over its budget: at most 1 is right.
         peers: by name, what makes a callable from the inputs; ImportError or RuntimeError with the reason where it cannot run.
             One may be a part of another's work, such as the mask or the rotation that a peer lacks.
+        designs: by name, what runs the op in other designs of ours than the one that it chooses, judged by the oracle too.
         bytes: fewest that the op must move through device memory.
         flops: floating-point operations it must do.
         bars: what is to be reached, by one of these texts:
             `× PEER`            at least this ratio of the peer's time to ours; `× PEER + PART` adds the times of several
+            `× the fastest of our designs`  at least this ratio of the least time of `designs` to ours
             `copy rate`         at least this share of the measured copy rate
             `matmul rate`       at least this share of the measured bf16 matmul rate
             `memory ÷ PEER`     at most this ratio of our extra memory to the peer's
@@ -42,6 +44,7 @@ class Case:
     ours: Callable[[Inputs], Any]
     oracle: Callable[[Inputs], float]
     peers: Mapping[str, Peer] = field(default_factory=dict)
+    designs: Mapping[str, Callable[[Inputs], Any]] = field(default_factory=dict, kw_only=True)
     bytes: int = 0
     flops: int = 0
     bars: Mapping[str, float] = field(default_factory=dict)

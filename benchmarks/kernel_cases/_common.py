@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_cases import Inputs, Peer
+from kernel_cases import Case, Inputs, Peer
 from wm_graph.tolerances import UNIT_ROUNDOFF, op_limit
+from wm_kernels import numerics
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -59,6 +61,39 @@ def once(inputs: Inputs, truth: Callable[[], Any]) -> Any:
     if "truth" not in inputs:
         inputs["truth"] = truth()
     return inputs["truth"]
+
+
+def exactly(case: Case, step: str, steps: float, alike: Callable[[Inputs], bool] | None = None) -> Case:
+    """The case with exact numerics, which may take at most twice the time of as many steps.
+
+    Args:
+        case: the same work with fast numerics.
+        step: the case of one step.
+        steps: how many of them do the work.
+        alike: whether the work done in pieces has the same bits; the case is infinitely wrong where it has not.
+    """
+
+    def ours(v: Inputs) -> Any:
+        with numerics("exact"):
+            return case.ours(v)
+
+    def oracle(v: Inputs) -> float:
+        with numerics("exact"):
+            return case.oracle(v) if alike is None or alike(v) else float("inf")
+
+    name, bars = f"{case.name} exact", {f"time ÷ {step}": 2.0 * steps}
+    return replace(case, name=name, ours=ours, oracle=oracle, peers={}, bars=bars, designs={})
+
+
+def split_alike(v: Inputs, tokens: Sequence[str], state: Sequence[str], call: Callable[[Inputs], Tensor]) -> bool:
+    """Whether a call in place on all tokens gives the bits of one on all but two, then one on each of these, in outputs and state."""
+    T, names = v[tokens[0]].shape[1], tuple(state)
+    whole, parts = ({**v, **{name: v[name].clone() for name in names}} for _ in range(2))
+    expected, found = call(whole), []
+    for first, end in ((0, T - 2), (T - 2, T - 1), (T - 1, T)):
+        some = {name: v[name][:, first:end] for name in tokens}
+        found.append(call({**parts, **some, "position": v["position"] + first}))
+    return torch.equal(torch.cat(found, 1), expected) and all(torch.equal(whole[name], parts[name]) for name in names)
 
 
 def without_init(name: str) -> None:

@@ -5,6 +5,7 @@ B rows   T tokens   H query heads   K kv heads   G = H/K   P head dimension   W 
 
 import heapq
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import wm_kernels as ops
 from kernel_cases import Case, Inputs, Space, grid
-from kernel_cases._common import generator, normal, once, over_budget, without_init
+from kernel_cases._common import exactly, generator, normal, once, over_budget, split_alike, without_init
 from wm_kernels.attention.definition import attention_reference
 
 H, K, P, W = 16, 4, 128, 2048
@@ -22,15 +23,21 @@ G = H // K
 DTYPE = "bfloat16"
 KEEP = "keep_window_attention"
 SLOTS = ("slot_k", "slot_v", "slot_score", "slot_position")
+CACHES = ("cache_k", "cache_v")
 
 
 def cases() -> list[Case]:
     """A1 and twice its length, A1 with empty slots and with equal scores, the step at several batches, attention over a cache."""
-    made = [prefill("A1", 32768), prefill("A1 64k", 65536), prefill("A1 slots", 32768, slots=True), prefill("A1 equal", 32768, "equal")]
+    made = [prefill("A1", 32768), prefill("A1 64k", 65536), prefill("A1 slots", 32768, used=0), prefill("A1 equal", 32768, "equal")]
     made += [prefill("T 4096", 4096), prefill("T 2048", 2048)]
-    made += [step("A2", 64), step("B 16", 16), step("B 1", 1), step("A2 exact", 64, True), step("B 1 exact", 1, True)]
-    made += [cached("32k step", 64, 1, 32768), cached("32k step B 1", 1, 1, 32768), cached("8k prefill", 1, 8192, 8192)]
-    made += [cached("32k step exact", 64, 1, 32768, True), cached("32k step B 1 exact", 1, 1, 32768, True)]
+    steps = [step("A2", 64), step("B 16", 16), step("B 1", 1), cached("32k step", 64, 1, 32768), cached("32k step B 1", 1, 1, 32768)]
+    made += [*steps, cached("8k prefill", 1, 8192, 8192), cached("4k step B 1", 1, 1, 4096)]
+    made += [exactly(case, case.name, 1) for case in steps if case.name != "B 16"]
+    # A token of a prompt at most at twice the time of a step: over full slots, or over the cells that the prompt's tokens see on average.
+    alike = partial(split_alike, tokens=("q", "k", "v", "score"), state=SLOTS, call=_call_in_place)
+    made.append(exactly(prefill("T 4096", 4096, used=W), "B 1", 4096, alike))
+    prompt = cached("8k prefill", 1, 8192, 8192)
+    made.append(exactly(prompt, "4k step B 1", 8192, partial(split_alike, tokens=("q", "k", "v"), state=CACHES, call=prompt.ours)))
     return [*made, long_prompt_then_steps()]
 
 
@@ -68,6 +75,10 @@ def _slots(g: torch.Generator, B: int, used: int) -> Inputs:
     return {**slots, "position": torch.full((B,), 2 * W if used else 0, device="cuda")}
 
 
+def _call_in_place(v: Inputs) -> Tensor:
+    return ops.keep_window_attention_(v["q"], v["k"], v["v"], v["score"], *(v[name] for name in SLOTS), v["position"], None, W)
+
+
 def _call(v: Inputs) -> Any:
     slots = (v.get(name) for name in SLOTS)
     return ops.keep_window_attention(v["q"], v["k"], v["v"], v["score"], *slots, v.get("position"), None, W)
@@ -91,8 +102,15 @@ def _rows(v: Inputs, rows: list[int]) -> Tensor:
     return torch.stack(made).view(len(rows), H, P)
 
 
-def prefill(name: str, T: int, scores: str = "random", slots: bool = False) -> Case:
-    """The prompt of one row, without slots or with W empty ones."""
+def _after_slots(v: Inputs) -> Inputs:
+    """Keys, values and scores of one row: those that slots hold, in the order of their positions, then those of the tokens."""
+    order_KW = v["slot_position"][0].argsort(-1)
+    held = {name: torch.stack([v[f"slot_{name}"][0, kv, order_KW[kv]] for kv in range(K)], 1) for name in ("k", "v", "score")}
+    return {name: torch.cat([held[name].unsqueeze(0), v[name]], 1) for name in held} | {"q": F.pad(v["q"], [0, 0, 0, 0, W, 0])}
+
+
+def prefill(name: str, T: int, scores: str = "random", used: int | None = None) -> Case:
+    """The prompt of one row, without slots or with W of which the first are used."""
     rows = sorted({row for row in (0, 50, 127, W - 1, W, W + 1, 3000, 5000, T // 2, T - 1) if row < T})
 
     def make() -> Inputs:
@@ -100,11 +118,12 @@ def prefill(name: str, T: int, scores: str = "random", slots: bool = False) -> C
         inputs = _tokens(g, 1, T)
         if scores == "equal":
             inputs["score"] = torch.zeros_like(inputs["score"])
-        return inputs | (_slots(g, 1, 0) if slots else {})
+        return inputs | (_slots(g, 1, used) if used is not None else {})
 
     def oracle(v: Inputs) -> float:
         out = _call(v)[0][0, rows]
-        return over_budget(KEEP, DTYPE, [out], [once(v, lambda: _rows(v, rows))])
+        truth = once(v, lambda: _rows(_after_slots(v), [W + row for row in rows]) if used else _rows(v, rows))
+        return over_budget(KEEP, DTYPE, [out], [truth])
 
     peers = {"SDPA flash": _dense(SDPBackend.FLASH_ATTENTION), "SDPA cuDNN": _dense(SDPBackend.CUDNN_ATTENTION)}
     bars: dict[str, float] = {}
@@ -198,26 +217,18 @@ def _sparse(v: Inputs) -> Callable[[], Any]:
     return lambda: triton_sparse_attn_func(v["q"], v["k"], v["v"], bias, True, P**-0.5)
 
 
-def step(name: str, B: int, exact: bool = False) -> Case:
-    """One token over W full slots, in place. Repeated, it takes one slot after another, which leaves the work the same.
-
-    With `exact` numerics its bits are those of any split of a prompt.
-    """
+def step(name: str, B: int) -> Case:
+    """One token over W full slots, in place. Repeated, it takes one slot after another, which leaves the work the same."""
 
     def make() -> Inputs:
         g = generator()
         return _tokens(g, B, 1) | _slots(g, B, W)
 
-    def ours(v: Inputs) -> Tensor:
-        slots = (v[name] for name in SLOTS)
-        with ops.numerics("exact" if exact else "fast"):
-            return ops.keep_window_attention_(v["q"], v["k"], v["v"], v["score"], *slots, v["position"], None, W)
-
     def oracle(v: Inputs) -> float:
         copy = {name: x.clone() for name, x in v.items() if isinstance(x, Tensor)}
         wide = [copy[name].double() if copy[name].is_floating_point() else copy[name] for name in ("q", "k", "v", "score", *SLOTS)]
         expected, *_, place = ops.keep_window_attention(*wide, copy["position"], None, W)
-        worst = over_budget(KEEP, DTYPE, [ours(copy)], [expected])
+        worst = over_budget(KEEP, DTYPE, [_call_in_place(copy)], [expected])
         return worst if torch.equal(copy["slot_position"].sort(-1).values, place.sort(-1).values) else float("inf")
 
     def dense(v: Inputs) -> Callable[[], Any]:
@@ -226,11 +237,8 @@ def step(name: str, B: int, exact: bool = False) -> Case:
         return lambda: F.scaled_dot_product_attention(v["q"].transpose(1, 2), k, values, enable_gqa=True)
 
     bars = {"× SDPA 32k": 12.0, "copy rate": 0.8} if name == "A2" else {}
-    if exact:
-        bars = {f"time ÷ {name.removesuffix(' exact')}": 2.0}
-    return Case(
-        KEEP, name, DTYPE, make, ours, oracle, {} if exact else {"SDPA 32k": dense}, B * K * W * (2 * P * 2 + 4), 4 * B * H * W * P, bars
-    )
+    size = B * K * W * (2 * P * 2 + 4)
+    return Case(KEEP, name, DTYPE, make, _call_in_place, oracle, {"SDPA 32k": dense}, size, 4 * B * H * W * P, bars)
 
 
 def long_prompt_then_steps(T: int = 131072, steps: int = 64) -> Case:
@@ -262,22 +270,21 @@ def long_prompt_then_steps(T: int = 131072, steps: int = 64) -> Case:
     return Case(KEEP, "128k and 64 steps", DTYPE, make, run, oracle, {}, size, 4 * P * H * pairs)
 
 
-def cached(name: str, B: int, T: int, L: int, exact: bool = False) -> Case:
-    """Plain attention of the last T tokens over a full cache of L cells, in place; `exact` numerics give the bits of any split."""
+def cached(name: str, B: int, T: int, L: int) -> Case:
+    """Plain attention of the last T tokens over a full cache of L cells, in place."""
 
     def make() -> Inputs:
         g = generator()
-        caches = {name: normal(g, B, K, L, P, dtype=DTYPE) for name in ("cache_k", "cache_v")}
+        caches = {name: normal(g, B, K, L, P, dtype=DTYPE) for name in CACHES}
         return _tokens(g, B, T) | caches | {"position": torch.full((B,), L - T, device="cuda")}
 
     def ours(v: Inputs) -> Tensor:
-        with ops.numerics("exact" if exact else "fast"):
-            return ops.attention_(v["q"], v["k"], v["v"], v["cache_k"], v["cache_v"], v["position"], None)
+        return ops.attention_(v["q"], v["k"], v["v"], v["cache_k"], v["cache_v"], v["position"], None)
 
     def oracle(v: Inputs) -> float:
         few = slice(max(0, T - 64), T)  # the last queries: all keys are in the cache before them
         out = ours(v)[:1, few]
-        wide = [v[name][:1, few].double() for name in ("q", "k", "v")] + [v[name][:1].double() for name in ("cache_k", "cache_v")]
+        wide = [v[name][:1, few].double() for name in ("q", "k", "v")] + [v[name][:1].double() for name in CACHES]
         truth = once(v, lambda: attention_reference(*wide, torch.full((1,), L - out.shape[1], device="cuda"), None)[0])
         return over_budget("attention", DTYPE, [out], [truth])
 
@@ -285,7 +292,6 @@ def cached(name: str, B: int, T: int, L: int, exact: bool = False) -> Case:
         q = v["q"].transpose(1, 2)
         return lambda: F.scaled_dot_product_attention(q, v["cache_k"], v["cache_v"], is_causal=T == L, enable_gqa=True)
 
-    pairs, peers = T * (L - T) + T * (T + 1) // 2, {} if exact else {"SDPA": dense}
-    bars = {f"time ÷ {name.removesuffix(' exact')}": 2.0} if exact else {}
+    pairs = T * (L - T) + T * (T + 1) // 2
     size = B * (K * L * P * 4 + 2 * T * (H + K) * P * 2)
-    return Case("attention", name, DTYPE, make, ours, oracle, peers, size, 4 * B * H * P * pairs, bars)
+    return Case("attention", name, DTYPE, make, ours, oracle, {"SDPA": dense}, size, 4 * B * H * P * pairs)

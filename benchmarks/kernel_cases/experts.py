@@ -13,7 +13,7 @@ from torch import Tensor
 
 import wm_kernels as ops
 from kernel_cases import Case, Inputs, Space, grid
-from kernel_cases._common import compiled, eager, generator, normal, once, over_budget, wide
+from kernel_cases._common import compiled, eager, exactly, generator, normal, once, over_budget, wide
 from wm_kernels.expert_mix import expert_mix_reference
 from wm_kernels.moe_mix import moe_mix_reference
 from wm_kernels.product_key_topk import product_key_topk_reference
@@ -29,11 +29,15 @@ def cases() -> list[Case]:
     made += [product_keys("J 32 k 32", 16384, 8, 64, 32, 32), product_keys("J 64 k 32", 16384, 8, 64, 64, 32)]
     made += [product_keys("E 1M", 4096, 8, 128, 1024, 16)]
     made += [mixture("M", 16384, 2048, 16384, 4, 8), mixture("E 1024", 16384, 1024, 1024, 4, 8), mixture("step", 64, 2048, 16384, 4, 8)]
-    made += [router("E 64", 16384, 64, 8), router("E 1024", 16384, 1024, 32)]
+    made += [router("E 64", 16384, 64, 8), router("E 1024", 16384, 1024, 32), router("step", 64, 64, 8)]
     made += [wide_experts("E 64 k 8", 8192, 1024, 64, 512, 8), wide_experts("step", 8, 1024, 64, 512, 8)]
     own = (("E 64 k 8", 8192, 1024, 64, 512, 8), ("E 4 k 1", 4096, 1024, 4, 2816, 1), ("E 8 k 2", 4096, 4096, 8, 14336, 2))
     made += [wide_experts(f"{name}, own", *sizes, own=True) for name, *sizes in (*own, ("thin", 64, 1024, 64, 512, 8))]
     made += [wide_experts("step of one", 1, 4096, 16, 14336, 2), retrieval("M", 16384, 2048, 16384, 4, 8, 64)]
+    # Exact numerics take other tiles, or other kernels; a step is one of 64 tokens, or of 8.
+    made += [exactly(case, "step", 16384 / 64) for case in (product_keys("M", 16384, 4, 64, 128, 8), router("E 64", 16384, 64, 8))]
+    made.append(exactly(mixture("M", 16384, 2048, 16384, 4, 8), "step", 16384 / 64))
+    made.append(exactly(wide_experts("E 64 k 8", 8192, 1024, 64, 512, 8), "step", 8192 / 8))
     return made + [layer(E, k) for E in (1024, 4096) for k in (8, 16, 32)]
 
 

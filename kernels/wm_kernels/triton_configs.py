@@ -1,4 +1,4 @@
-"""The frozen table of launch configurations: each op's `triton_configs.json`, written by the tuner and only read here.
+"""The frozen table of launch configurations: each op's `triton_configs.json`, of what the tuner measured, only read here.
 
 A row holds `arch`, `dtype`, `regime` and `dims`, each of which a call must match where the row names it, and the values to use: tiles,
 `num_warps`, `num_stages`. The first matching row wins, so that the last rows, which name the regime alone, serve everything else.

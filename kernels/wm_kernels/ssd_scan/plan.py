@@ -101,12 +101,13 @@ def _block_p(call: ScanCall, chosen: Any) -> int:
     return min(chosen["BLOCK_P"], fits, max(16, power_of_two(call.P)))
 
 
-def plan(call: ScanCall) -> Plan:
+def plan(call: ScanCall, name: str = "") -> Plan:
     """The launches of a call, which the caller keeps, over tensors `x dt A B C cos sin valid state y out`.
 
-    Stand-ins, never read, take the places of absent ones: `dt` of the angles, `A` of `state`, `valid` and slots.
+    Stand-ins, never read, take the places of absent ones: `dt` of the angles, `A` of `state`, `valid` and slots. Benchmarks name a regime
+    that is not the call's own.
     """
-    name = regime(call)
+    name = name or regime(call)
     chosen = values(call, name)
     if name == "tokens":
         return Plan((_tokens(call, chosen),))
