@@ -19,7 +19,7 @@ from wm_kernels.triton_configs import config
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 has_triton, interpreted = needs_triton
-SAME_IN_EXACT = {"causal_conv1d", "gated_rms_norm", "residual_rms_norm", "rope"}
+SAME_IN_EXACT = {"causal_conv1d", "gated_rms_norm", "residual_rms_norm", "rope", "rope_angles"}
 
 
 @pytest.fixture
@@ -69,6 +69,7 @@ def test_exact_mode_launches_what_fast_does(op, T, monkeypatch):
         "gated_rms_norm": lambda run: run(x, x, weight, 1e-6),
         "residual_rms_norm": lambda run: run(x, x, None, weight, 1e-6),
         "rope": lambda run: run(x.view(1, T, 2, 32), angles, angles),
+        "rope_angles": lambda run: run(torch.arange(T)[None], 16, 1e4, None, "none", 1.0, 1, 1.0, 4.0),
     }
     plans = launched(op, calls[op], monkeypatch)
     # But for the stride of a single row, over which nothing steps.

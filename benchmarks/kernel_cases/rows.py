@@ -18,6 +18,7 @@ from wm_kernels.causal_conv1d import causal_conv1d_reference
 from wm_kernels.gated_rms_norm import gated_rms_norm_reference
 from wm_kernels.residual_rms_norm import residual_rms_norm_reference
 from wm_kernels.rope import rope_reference
+from wm_kernels.rope_angles.definition import rope_angles_reference
 from wm_kernels.selective_scan import selective_scan_reference
 
 EPS = 1e-6
@@ -31,7 +32,8 @@ def cases() -> list[Case]:
     made = [norm(16384, D) for D in (2048, 4096, 8192)] + [gated(16384, C) for C in (2048, 4096, 8192)]
     made += [convolution("M", 4, 4096, 4352), convolution("long", 1, 65536, 4352), convolution_step(128, 4352)]
     steps = [scan_step(128, 4096, 16), *(exact_scan(128, T, 4096, 16) for T in (1, 16))]
-    return [*made, rotation(4, 4096, 20, 128), scan("short", 4, 512, 4096, 16), scan("long", 1, 8192, 4096, 16), *steps]
+    made += [rotation(4, 4096, 20, 128), angles(1, 4096, 64), angles(1, 1, 64)]
+    return [*made, scan("short", 4, 512, 4096, 16), scan("long", 1, 8192, 4096, 16), *steps]
 
 
 def spaces() -> list[Space]:
@@ -191,6 +193,24 @@ def convolution_step(B: int, C: int, L: int = 4) -> Case:
     peers = {"torch.compile": compiled(formula, "x", "weight", "bias", "state"), "eager": eager(formula, "x", "weight", "bias", "state")}
     size = B * C * (2 * SIZE + 2 * 4 * (L - 1)) + C * (L + 1) * SIZE
     return Case("causal_conv1d", f"step B {B}", DTYPE, make, ours, oracle, peers, size, 2 * L * B * C, {"× torch.compile": 1.0})
+
+
+def angles(B: int, T: int, pairs: int) -> Case:
+    """Of a prompt, or of a step."""
+
+    def make() -> Inputs:
+        return {"position": torch.arange(T, device="cuda").repeat(B, 1) + 1000}
+
+    def ours(v: Inputs) -> Any:
+        return ops.rope_angles(v["position"], pairs, 1e4)
+
+    def oracle(v: Inputs) -> float:
+        return over_budget("rope_angles", "float32", ours(v), rope_angles_reference(v["position"], pairs, 1e4, True))
+
+    formula = partial(rope_angles_reference, pairs=pairs, theta=1e4)
+    peers = {"torch.compile": compiled(formula, "position"), "eager": eager(formula, "position")}
+    size, bars = B * T * (8 + 2 * 4 * pairs), {"× torch.compile": 1.0}
+    return Case("rope_angles", f"B {B} T {T}", "float32", make, ours, oracle, peers, size, 4 * B * T * pairs, bars)
 
 
 def rotation(B: int, T: int, H: int, P: int) -> Case:
