@@ -71,7 +71,7 @@ def assert_within_limits(op, dtype, found, expected, valid=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T", [1, Q - 1, Q, Q + 1, 2 * Q + 5])
+@pytest.mark.parametrize("T", [1, Q - 1, Q, Q + 1, 2 * Q + 9])  # the last is a prime
 def test_triton_scans_equal_the_reference(T, dtype):
     x, dt, A, b, c, state, cos, sin = inputs(T, dtype, seed=T)
     valid = torch.tensor([T, T // 3], device=DEVICE)
@@ -81,12 +81,16 @@ def test_triton_scans_equal_the_reference(T, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("name", "K"), [("sweep", 1), ("fold", 2), ("carry", 3)])
+@pytest.mark.parametrize(
+    ("name", "K", "forgets"),
+    [("sweep", 1, True), ("fold", 2, True), ("carry", 3, True), *((name, K, False) for name in ("fold", "carry") for K in (3, 4))],
+)
 @pytest.mark.parametrize("has_state", [False, True])
-def test_every_regime_equals_the_reference(name, K, has_state, dtype):
-    T, F = 3 * Q - 7, 12 if has_state else 0
+def test_every_regime_equals_the_reference(name, K, forgets, has_state, dtype):
+    """Segments are of several chunks; where nothing is forgotten, what each of them leaves matters in all that follow."""
+    T, F = 2 * K * Q - 7, 12 if has_state else 0
     x, dt, A, b, c, state, cos, sin = inputs(T, dtype, F=max(F, 1), seed=K)
-    state = state if has_state else None
+    dt, state = dt if forgets else dt / 100, state if has_state else None
     valid = torch.tensor([T, Q + 3], device=DEVICE)
     angles = (cos, sin) if F else ()
     call = call_of(x, dt, A, b, c, state, valid, *angles)
@@ -97,6 +101,7 @@ def test_every_regime_equals_the_reference(name, K, has_state, dtype):
     tensors |= dict(zip(("cos", "sin"), angles, strict=False))
     run(plan, {key: value for key, value in tensors.items() if value is not None})
     assert len(plan.launches) == {"sweep": 2, "fold": 3, "carry": 4}[name]
+    assert K == 1 or plan.scratch["slot"].shape[1] == K
     assert_within_limits("ssd_scan", dtype, (y, out), oracle(x, dt, A, b, c, state, valid, *angles), valid)
 
 
