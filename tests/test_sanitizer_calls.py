@@ -1,15 +1,15 @@
 """The calls that compute-sanitizer watches: on sm_90 they reach every regime of every op. No GPU is asked; tensors hold nothing."""
 
 import json
-import warnings
-from importlib import import_module
 from importlib.resources import files
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
+import sanitizer_calls
+import sanitizer_regimes
 import triton_plans
+from fake_cuda import fake_h100, launch, plans_of
 from triton_support import missing
 from wm_kernels import numerics, triton_launch
 
@@ -23,24 +23,10 @@ BY_CONFIGURATION = ("moe_mix", "expert_mix")  # whose plans name the regime wher
 TELLING = ("START", "PART", "FINISH", "APART", "SCORING")  # constants by which one kernel does different work
 
 
-def plans_of(op):
-    return import_module(f"wm_kernels.{op}.plan")
-
-
-def cleared():
-    """No plan is known: each is made anew, for sm_90."""
-    triton_launch.architecture.cache_clear()
-    for op in (*WITH_REGIME, "moe_mix", "attention_rope"):
-        for value in (*vars(plans_of(op)).values(), *vars(import_module(f"wm_kernels.{op}.triton_op")).values()):
-            if hasattr(value, "cache_clear"):
-                value.cache_clear()
-        getattr(import_module(f"wm_kernels.{op}.triton_op"), "_known", {}).clear()
-
-
 @pytest.fixture
 def noted(monkeypatch):
     """(regimes by op, plans) of all calls that are made while this lasts."""
-    regimes, plans = set(), []
+    regimes = set()
 
     def note(op, name):
         found = getattr(plans_of(op), name)
@@ -52,45 +38,26 @@ def noted(monkeypatch):
 
         monkeypatch.setattr(plans_of(op), name, noting)
 
-    cleared()
-    for op in WITH_REGIME:
-        note(op, "regime")
-    for op in BY_CONFIGURATION:
-        note(op, "config")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(triton_launch, "_run_on_cuda", lambda plan, tensors, device: plans.append(plan))
-    yield regimes, plans
-    cleared()
+    with fake_h100() as plans:
+        for op in WITH_REGIME:
+            note(op, "regime")
+        for op in BY_CONFIGURATION:
+            note(op, "config")
+        yield regimes, plans
 
 
 def make_all(dtype):
     """What sanitizer_calls.py does, on tensors without values."""
-    import sanitizer_calls
-    import sanitizer_regimes
 
     def place(tensor):
         return torch.empty_like(tensor, device="cuda")
 
-    with FakeTensorMode(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-        for _, op, call, modes in sanitizer_calls.calls(dtype):
-            for mode in modes:
-                with numerics(mode):
-                    launch(op, sanitizer_calls.placed(op, call, dtype, place))
-        for _, plan, tensors in sanitizer_regimes.plans(dtype):
-            triton_launch.run(plan, {name: place(value) for name, value in tensors.items()})
-
-
-def launch(op, arguments):
-    """The op's CUDA form; where it goes on with torch's own kernels, a torch without CUDA may not know what comes of them."""
-    try:
-        op._op_dk(torch._C.DispatchKey.CUDA, *arguments)
-    except DynamicOutputShapeException:
-        pass
-    except RuntimeError as error:
-        if "not linked with support for cuda" not in str(error):
-            raise
+    for _, op, call, modes in sanitizer_calls.calls(dtype):
+        for mode in modes:
+            with numerics(mode):
+                launch(op, sanitizer_calls.placed(op, call, dtype, place))
+    for _, plan, tensors in sanitizer_regimes.plans(dtype):
+        triton_launch.run(plan, {name: place(value) for name, value in tensors.items()})
 
 
 def regimes_of(op):
