@@ -13,7 +13,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet 
 PINS := pyproject.toml constraints.txt
 
 GPU_PYTHON ?= python3
-NATIVE := WM_NATIVE_TEST_KERNELS=build/native-kernels PYTHONPATH=.:kernels:export:runtimes:tests
+HERE := PYTHONPATH=.:kernels:export:runtimes:tests
+NATIVE := WM_NATIVE_TEST_KERNELS=build/native-kernels $(HERE)
 
 .PHONY: help demo test test-deep test-mutation test-gpu test-gpu-memory cpp lint format types contract check bench clean
 
@@ -35,9 +36,12 @@ test-gpu: ## the tests on a GPU, with GPU_PYTHON: an environment with a CUDA bui
 	@$(GPU_PYTHON) -c 'import torch; raise SystemExit(None if torch.cuda.is_available() else "make test-gpu: no CUDA device for this torch")'
 	@$(GPU_PYTHON) -m pytest tests/test_cuda.py tests/test_native_cuda.py tests/test_triton_*.py $(ARGS)
 
-test-gpu-memory: ## compute-sanitizer's memcheck and racecheck on small calls of every op, on a GPU
-	@compute-sanitizer --tool memcheck --error-exitcode 1 $(GPU_PYTHON) tests/sanitizer_calls.py
-	@compute-sanitizer --tool racecheck --error-exitcode 1 $(GPU_PYTHON) tests/sanitizer_calls.py
+test-gpu-memory: ## compute-sanitizer's memcheck and racecheck on calls of every op in every regime, on a GPU; first on a planted overrun
+	@if seen=$$($(HERE) compute-sanitizer --tool memcheck --error-exitcode 1 $(GPU_PYTHON) tests/sanitizer_calls.py --planted 2>&1); then \
+	  echo "make test-gpu-memory: memcheck is silent about an overrun of one element" >&2; exit 1; fi; \
+	grep -q "Invalid __global__ write" <<< "$$seen" || { echo "$$seen" >&2; exit 1; }
+	@$(HERE) compute-sanitizer --tool memcheck --error-exitcode 1 $(GPU_PYTHON) tests/sanitizer_calls.py
+	@$(HERE) compute-sanitizer --tool racecheck --error-exitcode 1 $(GPU_PYTHON) tests/sanitizer_calls.py
 	@rm -rf build/native-kernels
 	@$(NATIVE) $(GPU_PYTHON) tests/native_sanitizer_calls.py --compile
 	@# The library asks the driver for the parameter after a kernel's last, to be refused; what it does not expect is an error of its own.

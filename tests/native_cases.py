@@ -67,7 +67,11 @@ def declaration(op: str) -> Native:
 
 def use_of(op: str, index: int, dtype: torch.dtype) -> Use:
     """A configuration as a graph's use of the op."""
-    fixed, plain, absent = CONFIGURATIONS[op][index]
+    return use_with(op, dtype, *CONFIGURATIONS[op][index])
+
+
+def use_with(op: str, dtype: torch.dtype, fixed: dict[str, int], plain: dict[str, Any], absent: tuple[str, ...]) -> Use:
+    """The use with these sizes, plain arguments and absent inputs."""
     names = [name for name in declaration(op).inputs if name not in absent]
     letters = dict.fromkeys(letter for name in names for letter in name.rsplit("_", 1)[1] if not letter.isdigit())
     sizes = tuple((letter, None if letter in UNKNOWN else fixed[letter] if letter in fixed else plain[letter]) for letter in letters)

@@ -191,6 +191,31 @@ def test_picks_are_sorted_by_expert_and_stay_in_their_order(N, E):
     assert torch.equal(end.long(), torch.bincount(expert, minlength=E).cumsum(0))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("gated", "bias", "activation"), [(True, False, "silu"), (False, True, "gelu"), (True, True, "silu")])
+@pytest.mark.parametrize(("M", "E", "D", "I", "k"), [(13, 5, 70, 9, 3), (3, 4, 24, 70, 1)])  # D or I is more than the interpreter's block
+def test_kernels_between_and_after_grouped_products(dtype, gated, bias, activation, M, E, D, I, k, monkeypatch):
+    from wm_kernels.moe_mix import triton_op
+
+    def products(rows_NA, matrix_EBA, end_E):
+        """What torch's grouped product gives; it has no kernel for every dtype and device."""
+        begin = 0
+        out_NB = rows_NA.new_empty((len(rows_NA), matrix_EBA.shape[1]))
+        for matrix_BA, end in zip(matrix_EBA, end_E.tolist(), strict=True):
+            out_NB[begin:end] = rows_NA[begin:end] @ matrix_BA.mT
+            begin = end
+        return out_NB
+
+    monkeypatch.setattr(triton_op, "grouped_product", products)
+    g, F = seeded(), 2 * I if gated else I
+    x, weight = random(g, M, D, dtype=dtype), torch.rand((M, k), generator=g).to(DEVICE, dtype)
+    shapes = (E, F, D), (E, F) if bias else None, (E, D, I), (E, D) if bias else None
+    matrices = tuple(None if shape is None else random(g, *shape, dtype=dtype) for shape in shapes)
+    expert = torch.randint(0, E, (M, k), generator=g).to(DEVICE)
+    y = triton_op.moe_mix_grouped(x, expert, weight, *matrices, activation, gated)
+    check("moe_mix", dtype, y, moe_mix_reference(*wide((x, expert, weight, *matrices)), activation, gated))
+
+
 @pytest.mark.skipif(not ON_CUDA, reason="torch's grouped product of bfloat16 runs on CUDA alone")
 @pytest.mark.parametrize(("M", "E", "D", "I", "k"), [(70, 8, 64, 48, 2), (33, 60, 16, 8, 4), (200, 4, 32, 24, 4)])
 @pytest.mark.parametrize(("gated", "bias"), [(True, False), (False, True), (True, True)])

@@ -1,6 +1,6 @@
 """Triton kernels at the ends of number formats: products that float16 cannot hold, tensors of more than 2^31 elements.
 
-M tokens, D and C channels, E experts, R retrieval heads, k picks
+B rows, T and M tokens, D and C channels, N state, E experts, R retrieval heads, k picks, I inner width
 """
 
 import pytest
@@ -14,6 +14,7 @@ from wm_kernels.moe_mix.definition import moe_mix_reference
 from wm_kernels.product_key_topk.definition import product_key_topk_reference
 from wm_kernels.residual_rms_norm.definition import residual_rms_norm_reference
 from wm_kernels.router_topk.definition import router_topk_reference
+from wm_kernels.selective_scan.definition import selective_scan_reference
 
 # The interpreter computes with numpy, which warns of what is tested here.
 pytestmark = [*needs_triton, pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")]
@@ -169,3 +170,41 @@ def test_moe_mix_of_more_than_two_to_the_31_entries():
     y = moe_mix_grouped(x, expert, weight, matrix_in, None, matrix_out, None, "silu", True)
     truth = moe_mix_reference(*wide((x[TAIL], expert[TAIL], weight[TAIL], matrix_in, None, matrix_out, None)), "silu", True)
     check("moe_mix", BF16, y[TAIL], truth)
+
+
+@needs_memory
+@pytest.mark.parametrize(("M", "k", "D", "I"), [(2_100_000, 1, 1024, 64), (270_000, 8, 1024, 64), (270_000, 8, 64, 1024)])
+def test_tiles_of_moe_mix_of_more_than_two_to_the_31_entries(M, k, D, I):
+    """Of tokens, of a summand of every pick, of the hidden layer."""
+    from wm_kernels.moe_mix.triton_op import moe_mix_tiles
+
+    E = 8
+    x, matrix_in, matrix_out = large(M, D), large(E, 2 * I, D, scale=D**-0.5), large(E, D, I, scale=I**-0.5)
+    expert, weight = torch.randint(0, E, (M, k), device="cuda"), torch.softmax(large(M, k), -1)
+    assert max(M * D, M * k * D, M * k * I) > 2**31
+    y = moe_mix_tiles(x, expert, weight, matrix_in, None, matrix_out, None, "silu", True)
+    truth = moe_mix_reference(*wide((x[TAIL], expert[TAIL], weight[TAIL], matrix_in, None, matrix_out, None)), "silu", True)
+    check("moe_mix", BF16, y[TAIL], truth)
+
+
+@needs_memory
+@pytest.mark.parametrize(("B", "T", "name"), [(1, 600_000, "chunks"), (32, 18_000, "sweep")])
+def test_selective_scan_of_more_than_two_to_the_31_entries(B, T, name):
+    """Most steps are 0, which keep a state as it is: what the first tokens leave reaches the last, and the others are tokens enough to
+    compare with one after another.
+    """
+    from wm_kernels.selective_scan.plan import regime
+    from wm_kernels.selective_scan.triton_op import selective_scan_triton
+
+    C, N, last = 4096, 16, slice(-64, None)
+    assert regime(T, B * C) == name
+    x, b, c = large(B, T, C), large(B, T, N, seed=1), large(B, T, N, seed=2)
+    assert x.numel() > 2**31
+    live = torch.cat((torch.arange(0, T - 100, T // 300), torch.arange(T - 100, T))).to("cuda")
+    dt, A = torch.zeros((B, T, C), device="cuda"), -torch.logspace(-3, 0, N, device="cuda").repeat(C, 1)
+    dt[:, live] = 0.5 + torch.rand((B, len(live), C), device="cuda")
+    y, state = selective_scan_triton(x, dt, A, b, c, None, None)
+    some = x[-1:, live, last], dt[-1:, live, last], A[last], b[-1:, live], c[-1:, live]
+    expected_y, expected_state = selective_scan_reference(*wide((*some, None, None)))
+    check("selective_scan", BF16, y[-1:, live, last], expected_y)
+    check("selective_scan", BF16, state[-1:, last], expected_state)

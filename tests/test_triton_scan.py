@@ -71,7 +71,7 @@ def assert_within_limits(op, dtype, found, expected, valid=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T", [1, Q - 1, Q, Q + 1, 2 * Q + 5])
+@pytest.mark.parametrize("T", [1, Q - 1, Q, Q + 1, 2 * Q + 9])  # the last is a prime
 def test_triton_scans_equal_the_reference(T, dtype):
     x, dt, A, b, c, state, cos, sin = inputs(T, dtype, seed=T)
     valid = torch.tensor([T, T // 3], device=DEVICE)
@@ -81,12 +81,16 @@ def test_triton_scans_equal_the_reference(T, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("name", "K"), [("sweep", 1), ("fold", 2), ("carry", 3)])
+@pytest.mark.parametrize(
+    ("name", "K", "forgets"),
+    [("sweep", 1, True), ("fold", 2, True), ("carry", 3, True), *((name, K, False) for name in ("fold", "carry") for K in (3, 4))],
+)
 @pytest.mark.parametrize("has_state", [False, True])
-def test_every_regime_equals_the_reference(name, K, has_state, dtype):
-    T, F = 3 * Q - 7, 12 if has_state else 0
+def test_every_regime_equals_the_reference(name, K, forgets, has_state, dtype):
+    """Segments are of several chunks; where nothing is forgotten, what each of them leaves matters in all that follow."""
+    T, F = 2 * K * Q - 7, 12 if has_state else 0
     x, dt, A, b, c, state, cos, sin = inputs(T, dtype, F=max(F, 1), seed=K)
-    state = state if has_state else None
+    dt, state = dt if forgets else dt / 100, state if has_state else None
     valid = torch.tensor([T, Q + 3], device=DEVICE)
     angles = (cos, sin) if F else ()
     call = call_of(x, dt, A, b, c, state, valid, *angles)
@@ -97,6 +101,7 @@ def test_every_regime_equals_the_reference(name, K, has_state, dtype):
     tensors |= dict(zip(("cos", "sin"), angles, strict=False))
     run(plan, {key: value for key, value in tensors.items() if value is not None})
     assert len(plan.launches) == {"sweep": 2, "fold": 3, "carry": 4}[name]
+    assert K == 1 or plan.scratch["slot"].shape[1] == K
     assert_within_limits("ssd_scan", dtype, (y, out), oracle(x, dt, A, b, c, state, valid, *angles), valid)
 
 
@@ -202,16 +207,21 @@ def plan_bytes(call):
 
 
 @pytest.mark.skipif(not CUDA, reason="more than 2^31 elements need a GPU's memory")
-def test_more_than_two_to_the_31_elements():
-    """600 000 tokens: offsets of 32 bits would wrap around. Early tokens are forgotten, so the last ones can be compared alone."""
-    T, last = 600_000, 2000
-    x = torch.empty((1, T, 64, 64), dtype=torch.bfloat16, device="cuda").normal_()
-    b, c = (torch.randn((1, T, 1, 64), device="cuda").bfloat16() for _ in range(2))
-    dt, A = 0.5 + torch.rand((1, T, 64), device="cuda"), -torch.ones(64, device="cuda")
+@pytest.mark.parametrize(("T", "H", "name"), [(600_000, 64, "fold"), (2_400_000, 16, "carry")])
+def test_more_than_two_to_the_31_elements(T, H, name):
+    """Offsets of 32 bits would wrap around. What the first tokens leave reaches the last: most steps are 0, which keep a state as it is,
+    and the others are tokens enough to compare with one after another.
+    """
+    x = torch.empty((1, T, H, 64), dtype=torch.bfloat16, device="cuda").normal_()
     assert x.numel() > 2**31
+    b, c = (torch.randn((1, T, 1, 64), device="cuda").bfloat16() for _ in range(2))
+    live = torch.cat((torch.arange(0, T - 200, T // 600), torch.arange(T - 200, T))).to("cuda")
+    dt, A = torch.zeros((1, T, H), device="cuda"), -torch.logspace(-3, 0, H, device="cuda")
+    dt[:, live] = 0.5 + torch.rand((1, len(live), H), device="cuda")
+    assert plans.regime(call_of(x, dt, A, b, c, None, None)) == name
     y, state = ssd_scan_triton(x, dt, A, b, c, None, None)
-    expected_y, expected_state = oracle(*(value[:, -last:] for value in (x, dt)), A, *(value[:, -last:] for value in (b, c)), None, None)
-    assert_within_limits("ssd_scan", torch.bfloat16, (y[:, -1000:], state), (expected_y[:, -1000:], expected_state))
+    expected = oracle(x[:, live], dt[:, live], A, b[:, live], c[:, live], None, None)
+    assert_within_limits("ssd_scan", torch.bfloat16, (y[:, live], state), expected)
 
 
 @pytest.mark.skipif(not CUDA, reason="compiled kernels are counted on a GPU")

@@ -1,9 +1,8 @@
-"""What the number of tokens of a call may change: no bit of a token in exact mode, and few kernels are compiled over all numbers.
+"""What the number of tokens of a call may change in exact mode: no bit of a token.
 
 B rows, T tokens, M = B*T, D and C channels, E experts, R retrieval heads, k picks
 """
 
-from collections.abc import Callable
 from itertools import pairwise, product
 
 import pytest
@@ -115,85 +114,3 @@ def test_mixtures(dtype, width):
         return moe_mix_triton(x[first:last], expert[first:last, 0], weight[first:last, 0], *matrices, "silu", True)
 
     same_bits_in_pieces(wide(0, T), wide)
-
-
-# 64 numbers of tokens: all small ones, those around powers of two, primes, and some that nothing divides.
-NUMBERS = sorted({*range(1, 34), *(2**n + off for n in range(6, 16) for off in (-1, 0, 1)), 65521})
-BF16 = torch.bfloat16
-
-
-def residual_rms_norm(M):
-    from wm_kernels.residual_rms_norm.plan import plan
-
-    return plan(M, 2048, BF16, 1e-6, False, 2048 if M > 1 else 0, 2048 if M > 1 else 0, "sm_90")
-
-
-def gated_rms_norm(M):
-    from wm_kernels.gated_rms_norm.plan import plan
-
-    return plan(M, 2048, BF16, 1e-6, 2048 if M > 1 else 0, 2048 if M > 1 else 0, "sm_90")
-
-
-def causal_conv1d(T):
-    from wm_kernels.causal_conv1d.plan import plan
-
-    state = (3 * 4352, 4352)
-    return plan(2, T, 4352, 4, BF16, (True, True, False), True, (T * 4352, 4352 if T > 1 else 0), 4, state, state, "sm_90")
-
-
-def router_topk(M):
-    from wm_kernels.router_topk.plan import plan
-
-    return plan(M, 64, 8, BF16, False, 64 if M > 1 else 0, "sm_90")
-
-
-def product_key_topk(T):
-    from wm_kernels.product_key_topk.plan import plan
-
-    return plan(1, T, 4, 64, 128, 8, BF16, (0, 512 if T > 1 else 0, 64, 256), (128 * 128, 128, 64), "sm_90")
-
-
-def expert_mix(T, E=16384):
-    from wm_kernels.expert_mix.plan import plan, serves_products, spread_plan
-
-    if serves_products(T, 2048, E, 32, BF16):
-        return spread_plan(T, E, 32, BF16, "silu", False, "sm_90")
-    return plan(1, T, 2048, 32, BF16, "silu", False, (0, 2048 if T > 1 else 0), 2048, 2048, "sm_90")
-
-
-def expert_mix_of_few_experts(T):
-    return expert_mix(T, E=1024)
-
-
-def moe_mix(M):
-    from wm_kernels.moe_mix.plan import hidden_plan, picks_plan
-
-    if 2 * M > 16:
-        return hidden_plan(2 * M, 512, BF16, True, False, "silu", "sm_90")
-    x_stride = 2048 if M > 1 else 0
-    strides = (1024 * 2048, 2048), (2048 * 512, 512), (x_stride, x_stride)
-    return picks_plan(M, 2, 2048, 512, BF16, True, (False, False), "silu", x_stride, *strides, "sm_90")
-
-
-OPS: list[Callable] = [
-    residual_rms_norm, gated_rms_norm, causal_conv1d, router_topk, product_key_topk, expert_mix, expert_mix_of_few_experts, moe_mix
-]  # fmt: skip
-
-
-def specialisation(launch):
-    """What Triton compiles a kernel for: constants, options, and of every integer that is not exempt, whether 1 or divisible by 16."""
-    kernel = launch.kernel
-    exempt = kernel.kwargs["do_not_specialize"] if hasattr(kernel, "kwargs") else kernel.do_not_specialize
-    runtime = [name for name in kernel.arg_names if name not in launch.constants]
-    of = []
-    for name, value in zip(runtime, launch.arguments, strict=True):
-        if isinstance(value, int):
-            free = name in (exempt or ())
-            of.append((name, value > 2**31 - 1, not free and value == 1, not free and value % 16 == 0))
-    return kernel.fn.__name__, tuple(launch.constants.items()), tuple(launch.options.items()), tuple(of)
-
-
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
-def test_at_most_two_compilations_over_64_numbers_of_tokens(op):
-    assert len(NUMBERS) == 64
-    assert len({tuple(specialisation(launch) for launch in op(number).launches) for number in NUMBERS}) <= 2

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from wm_kernels.attention.plan import Layout, Strides, block_of, fitted, shares_of
+from wm_kernels.attention.plan import Layout, Strides, block_of, fitted, scores_of_tokens, shares_of
 from wm_kernels.attention.plan import plan as plan_cells
 from wm_kernels.keep_window_attention import triton_exact as in_order
 from wm_kernels.keep_window_attention import triton_kernel as kernels
@@ -97,7 +97,7 @@ def planned(layout: Layout, window: int, in_place: bool, exact: bool, dtype: tor
 def _causal(call: Call) -> Plan:
     strides = dict(call.strides)
     b, t, k = strides["score"]
-    of_cells = (*((name, strides[name]) for name in "qkv"), ("score", (b, k, t)))
+    of_cells = (*((name, strides[name]) for name in "qkv"), ("score", scores_of_tokens(b, k, t)))
     dims = (call.B, call.T, call.H, call.K, call.K, call.P, call.T)
     return plan_cells(*dims, "additive", False, call.dtype, call.arch, of_cells)
 
