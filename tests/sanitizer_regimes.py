@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from native_cases import F32, I64, declaration, use_with
+from native_cases import F32, I64, UNSCALED, declaration, use_with
 from native_gpu import values_of
 from wm_kernels.triton_launch import Plan
 
@@ -28,6 +28,10 @@ SIZES: tuple[tuple[str, dict[str, int], dict[str, Any], tuple[str, ...]], ...] =
     ("gated_rms_norm", {"M": 3, "C": 16400}, EPS, ()),
     ("rope", {"B": 1, "T": 9, "H": 9, "P": 72, "F": 32}, {}, ()),
     ("rope", {"B": 2, "T": 140, "H": 40, "P": 72, "F": 32}, {}, ()),
+    *(
+        ("rope_angles", {"B": 2, "T": T}, {"pairs": 20, "theta": 1e4} | UNSCALED | {"scaling": scaling, "original": 30}, absent)
+        for T, scaling, absent in ((1, "none", ("length_B",)), (37, "llama3", ("length_B",)), (37, "dynamic", ()))
+    ),
     ("causal_conv1d", {"B": 2, "T": 1, "C": 300, "L": 4, "Y": 3}, {"activation": "silu"}, ()),
     ("causal_conv1d", {"B": 2, "T": 37, "C": 300, "L": 4, "Y": 3}, {"activation": "silu"}, ()),
     ("router_topk", {"M": 600, "E": 60}, {"k": 8, "normalize": True}, ()),

@@ -12,7 +12,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from fake_cuda import fake_h100, launch
-from native_cases import use_with
+from native_cases import UNSCALED, use_with
 from native_gpu import values_of
 from wm_kernels.native import shape_of
 from wm_kernels.native_ops import OPS
@@ -33,6 +33,7 @@ CASES = {
     "residual_rms_norm": ({"D": 1024}, {"eps": 1e-6}, ()),
     "gated_rms_norm": ({"C": 2048}, {"eps": 1e-6}, ()),
     "rope": ({"H": 16, "P": 64, "F": 32}, {}, ()),
+    "rope_angles": ({}, {"pairs": 64, "theta": 1e4} | UNSCALED, ("length_B",)),
     "causal_conv1d": ({"C": 4352, "L": 4, "Y": 3}, {"activation": "silu"}, ()),
     "router_topk": ({"E": 64}, {"k": 8, "normalize": True}, ()),
     "product_key_topk": ({"R": 4, "d": 64, "J": 64}, {"k": 8}, ()),
@@ -101,8 +102,6 @@ ARGUMENTS = {"attention_rope": {"n_head": 4, "n_kv_head": 2, "head_dim": 8}, "pr
 
 def small_call(name, T):
     """Arguments on the CPU."""
-    if name == "rope_angles":
-        return torch.arange(T).repeat(2, 1), 3, 10000.0, False
     op, (_, plain, absent) = name.split()[0], CASES[name]
     plain = plain | ARGUMENTS.get(op, {}) | ({"window": 7} if "window" in plain else {})
     sizes = {**SMALL, **SMALLER.get(op, {}), **plain, "B": 2, "T": T, "M": T}
@@ -115,7 +114,7 @@ def test_every_op_is_among_those_counted():
 
 
 @triton_needed
-@pytest.mark.parametrize("name", [*CASES, "rope_angles"])
+@pytest.mark.parametrize("name", CASES)
 def test_torch_compile_has_at_most_two_graphs_of_an_op_over_64_lengths(name):
     """One of a single token, one of all other lengths."""
     assert len(GRAPHED) == 64

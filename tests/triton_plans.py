@@ -105,6 +105,18 @@ def attention(dtype: torch.dtype, arch: str) -> Plans:
         yield plan(B, T, H, K, A, P, L, scoring, True, dtype, arch, tuple(strides.items()), exact), names
 
 
+def attention_rope(dtype: torch.dtype, arch: str) -> Plans:
+    from wm_kernels.attention_rope.plan import plan
+
+    B, H, K, P, F, L = 1, 16, 4, 128, 64, 4096
+    names = dict.fromkeys(("qkv", "k", "v", "out"), dtype) | {"cos": F32, "sin": F32, "position": I64}
+    C = (H + 2 * K) * P
+    for T, exact in product((1, 512), (False, True)):
+        strides = {"qkv": (T * C, C, 1), "cos": (T * F, F, 1), "sin": (T * F, F, 1)}
+        strides |= dict.fromkeys(("k", "v"), (K * L * P, P, L * P, 1))
+        yield plan(B, T, H, K, P, F, L, dtype, arch, tuple(strides.items()), exact), names
+
+
 def keep_window_attention(dtype: torch.dtype, arch: str) -> Plans:
     from wm_kernels.keep_window_attention.plan import Call, plan
 
@@ -160,7 +172,7 @@ def moe_mix(dtype: torch.dtype, arch: str) -> Plans:
 
 FUNCTIONS = (
     residual_rms_norm, gated_rms_norm, causal_conv1d, rope, rope_angles, selective_scan, ssd_scan, ssd_scan_rope, attention,
-    keep_window_attention, product_key_topk, router_topk, expert_mix, moe_mix,
+    attention_rope, keep_window_attention, product_key_topk, router_topk, expert_mix, moe_mix,
 )  # fmt: skip
 OPS = {function.__name__: function for function in FUNCTIONS}
 
