@@ -114,8 +114,7 @@ class OnCuda:
 
     def extend(self, tokens_BT: Array, valid_B: Array, select_BS: Array) -> tuple[Array, Choices]:
         """See `Runner`."""
-        given = (torch.from_numpy(np.ascontiguousarray(array)).cuda() for array in (tokens_BT, valid_B, select_BS))
-        tokens, valid, select = given
+        tokens, valid, select = (torch.from_numpy(np.ascontiguousarray(array)).cuda() for array in (tokens_BT, valid_B, select_BS))
         with torch.no_grad():
             logits, self._state = self._forward(self._cfg, self._params, tokens, self._state, valid, select, in_place=True)
         return logits.cpu().numpy(), {}

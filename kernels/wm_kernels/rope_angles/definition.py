@@ -5,6 +5,7 @@ B batch   T tokens   F rotated pairs
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,9 @@ def rope_angles_reference(
         angle_BTF = angle_BTF * frequency_F
     dtype = torch.float64 if double else torch.float32
     return angle_BTF.cos().to(dtype), angle_BTF.sin().to(dtype)
+
+
+_UNSCALED = (rope_angles_reference.__defaults__ or ())[2:]  # scaling and its numbers where a call leaves them out
 
 
 def scaled_frequencies(frequency_F: Tensor, scaling: str, factor: float, original: int, low: float, high: float) -> Tensor:
@@ -153,22 +157,14 @@ def _(
 
 @register_kernel(rope_angles, "cuda")
 def _(
-    position_BT: Tensor,
-    pairs: int,
-    theta: float,
-    double: bool = False,
-    length_B: Tensor | None = None,
-    scaling: str = "none",
-    factor: float = 1.0,
-    original: int = 1,
-    low: float = 1.0,
-    high: float = 4.0,
+    position_BT: Tensor, pairs: int, theta: float, double: bool = False, length_B: Tensor | None = None, *given: Any
 ) -> tuple[Tensor, Tensor]:
-    numbers = (scaling, factor, original, low, high)
     if double or not served() or not position_BT.numel() or position_BT.dtype != torch.int64:
-        cos_BTF, sin_BTF = rope_angles_reference(position_BT, pairs, theta, double, length_B, *numbers)
-        return cos_BTF.contiguous(), sin_BTF.contiguous()
+        cos_BTF, sin_BTF = rope_angles._init_fn(position_BT, pairs, theta, double, length_B, *given)
+        return cos_BTF, sin_BTF
     from wm_kernels.rope_angles.triton_op import rope_angles_triton
 
-    check = partial(_check, position_BT, pairs, theta, length_B, *numbers)
-    return rope_angles_triton(position_BT, pairs, theta, length_B, *numbers, check=check)
+    scaling = (*given, *_UNSCALED[len(given) :])
+    return rope_angles_triton(
+        position_BT, pairs, theta, length_B, *scaling, check=partial(_check, position_BT, pairs, theta, length_B, *scaling)
+    )

@@ -1,6 +1,7 @@
 """`rope_angles` by a Triton kernel. B batch, T tokens, F rotated pairs."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,24 +17,20 @@ def rope_angles_triton(
     pairs: int,
     theta: float,
     length_B: Tensor | None,
-    scaling: str,
-    factor: float,
-    original: int,
-    low: float,
-    high: float,
+    *scaling: Any,
     check: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `rope_angles_reference`; float32. Positions that do not follow each other are copied first.
 
-    `check` raises where arguments are wrong; it is called unless a call of the same shapes and numbers has passed it.
+    `scaling` and its numbers are all given, in the reference's order. `check` raises where arguments are wrong; it is called unless a call
+    of the same shapes and numbers has passed it.
     """
     given = {"position_BT": position_BT, "length_B": position_BT if length_B is None else length_B}
-    numbers = (theta, scaling, factor, original, low, high)
 
     def make(ready: Mapping[str, Tensor]) -> Plan:
-        return plan(*ready["position_BT"].shape, pairs, *numbers, architecture(position_BT.device))
+        return plan(*ready["position_BT"].shape, pairs, theta, *scaling, architecture(position_BT.device))
 
-    key = (pairs, *numbers, *call_key(position_BT, length_B))
+    key = (pairs, theta, *scaling, *call_key(position_BT, length_B))
     made = known_plan(_known, key, given, make, check, lambda name, tensor: not tensor.is_contiguous())
     cos_BTF, sin_BTF = (torch.empty((*position_BT.shape, pairs), dtype=torch.float32, device=position_BT.device) for _ in range(2))
     run(made, {**given, "cos_BTF": cos_BTF, "sin_BTF": sin_BTF})
