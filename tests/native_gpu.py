@@ -40,14 +40,14 @@ def capability() -> int:
 
 def compiled(folder: Path) -> Path:
     """The kernels of all cases for this GPU in `folder`, where they are compiled once, whichever process comes first."""
-    from wm_export.native import write_uses
+    from wm_export.native import write_native
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{folder}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "plans.json").is_file():  # written last
             folder.mkdir(exist_ok=True)
-            write_uses([use_of(*case) for case in CASES], [capability()], folder)
+            write_native([use_of(*case) for case in CASES], [capability()], folder)
     return folder
 
 

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from wm_export import native
 from wm_export.golden import golden_data
-from wm_export.program import Program, export_program, next_name
+from wm_export.linear_nodes import linear_uses
+from wm_export.program import export_program, next_name
 from wm_export.to_onnx import FILES, Graph, graphs_of, onnx_from_program
 from wm_export.weights import write_weights
 from wm_graph.checkpoints import WEIGHTS, load_checkpoint, load_tensors, new_folder, read_json
@@ -152,12 +153,15 @@ def _write_targets(
     tell("exporting the graph", 0.4)
     program = export_program(cfg, dtype)
     made: dict[str, Any] = {}
+    tell("exporting to ONNX", 0.45)
+    graphs = onnx_from_program(program, folder / WEIGHTS, WEIGHTS, graphs_of(dtype) if "onnx" in targets else ("cuda",))
     if "native" in targets:
+        uses = [*native.uses_of(program), *linear_uses(graphs["cuda"])]
         kernels = folder / f"{prefix}{native.FOLDER}"
-        made["native"] = native.write_native(program, architectures, kernels, lambda done: tell("compiling kernels", 0.45 + 0.25 * done))
+        made["native"] = native.write_native(uses, architectures, kernels, lambda done: tell("compiling kernels", 0.6 + 0.3 * done))
     if "onnx" in targets:
-        tell("exporting to ONNX", 0.7)
-        _write_onnx(program, graphs_of(dtype), folder, prefix)
+        tell("writing ONNX files", 0.9)
+        _write_onnx(graphs, folder, prefix)
     return made
 
 
@@ -191,9 +195,9 @@ def _copy_text(checkpoint: Path, scratch: Path) -> dict[str, Any]:
     return {"tokens": _NO_TOKENS | dict(extra.get("tokens") or {}), "chat_template": extra.get("chat_template")}
 
 
-def _write_onnx(program: Program, graphs: Sequence[Graph], folder: Path, prefix: str = "") -> None:
+def _write_onnx(graphs: Mapping[Graph, onnx.ModelProto], folder: Path, prefix: str) -> None:
     """Write ONNX files beside the weights, and check them there: the checker follows no links to external data."""
-    for graph, proto in onnx_from_program(program, folder / WEIGHTS, WEIGHTS, graphs).items():
+    for graph, proto in graphs.items():
         data = proto.SerializeToString(deterministic=True)
         if len(data) > HEADER_LIMIT:
             raise ExportError(f"{FILES[graph]}: header of {len(data)} bytes, expected at most {HEADER_LIMIT}; a weight was stored inside")

@@ -42,16 +42,16 @@ def check_architectures(capabilities: Sequence[int]) -> None:
 
 
 def write_native(
-    program: Program,
+    uses: Sequence[Use],
     capabilities: Sequence[int],
     folder: Path,
     tell: Callable[[float], None] | None = None,
     processes: int | None = None,
 ) -> dict[str, Any]:
-    """Compile the kernels of a model's graph into a new folder.
+    """Compile the kernels of ways in which ops are used into a new folder.
 
     Args:
-        program: the exported program.
+        uses: of which graph ever.
         capabilities: 80 for sm_80, and so on.
         folder: the folder to make.
         tell: called with the fraction done.
@@ -63,17 +63,6 @@ def write_native(
     Raises:
         ExportError: a plan cannot be traced, or a kernel does not compile or cannot travel; the line names the op.
     """
-    return write_uses(uses_of(program), capabilities, folder, tell, processes)
-
-
-def write_uses(
-    uses: Sequence[Use],
-    capabilities: Sequence[int],
-    folder: Path,
-    tell: Callable[[float], None] | None = None,
-    processes: int | None = None,
-) -> dict[str, Any]:
-    """`write_native` of any uses of ops, whatever graph they are from."""
     check_architectures(capabilities)
     architectures = [f"sm_{capability}" for capability in sorted(set(capabilities))]
     entries, without = _entries(uses, architectures)

@@ -3,6 +3,7 @@
 import numpy as np
 import onnx
 
+from wm_export.linear_nodes import join_linear_layers
 from wm_kernels.onnx_body import DOMAIN, MICROSOFT
 
 SCANS = ("WmSsdScan", "WmSsdScanRope")
@@ -52,6 +53,7 @@ def tune_for_cuda(proto: onnx.ModelProto) -> None:
     """Rewrite the main graph in place for ONNX Runtime's CUDA provider, where a decode step costs what its many small nodes cost."""
     _drop_thresholds_of_softplus(proto)
     _join_sums_into_residual_norms(proto)
+    join_linear_layers(proto)
 
 
 def _join_sums_into_residual_norms(proto: onnx.ModelProto) -> None:

@@ -6,6 +6,7 @@ from wm_kernels.causal_conv1d import causal_conv1d, causal_conv1d_
 from wm_kernels.expert_mix import expert_mix
 from wm_kernels.gated_rms_norm import gated_rms_norm
 from wm_kernels.keep_window_attention import keep_window_attention, keep_window_attention_
+from wm_kernels.linear import linear
 from wm_kernels.moe_mix import moe_mix
 from wm_kernels.numerics import numerics
 from wm_kernels.product_key_topk import product_key_topk
@@ -29,6 +30,7 @@ __all__ = [
     "gated_rms_norm",
     "keep_window_attention",
     "keep_window_attention_",
+    "linear",
     "moe_mix",
     "numerics",
     "product_key_topk",

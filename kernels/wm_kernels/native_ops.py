@@ -7,8 +7,9 @@ from typing import cast
 from wm_kernels.native import Native
 
 OPS = (
-    "attention", "attention_rope", "causal_conv1d", "expert_mix", "gated_rms_norm", "keep_window_attention", "moe_mix", "product_key_topk",
-    "residual_rms_norm", "rope", "rope_angles", "router_topk", "scored_attention", "selective_scan", "ssd_scan", "ssd_scan_rope",
+    "attention", "attention_rope", "causal_conv1d", "expert_mix", "gated_rms_norm", "keep_window_attention", "linear", "moe_mix",
+    "product_key_topk", "residual_rms_norm", "rope", "rope_angles", "router_topk", "scored_attention", "selective_scan", "ssd_scan",
+    "ssd_scan_rope",
 )  # fmt: skip
 
 

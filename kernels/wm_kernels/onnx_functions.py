@@ -15,6 +15,7 @@ from wm_kernels.causal_conv1d import onnx_function as causal_conv1d
 from wm_kernels.expert_mix import onnx_function as expert_mix
 from wm_kernels.gated_rms_norm import onnx_function as gated_rms_norm
 from wm_kernels.keep_window_attention import onnx_function as keep_window_attention
+from wm_kernels.linear import onnx_function as linear
 from wm_kernels.moe_mix import onnx_function as moe_mix
 from wm_kernels.onnx_body import BFLOAT16, DOMAIN, FLOAT, FLOAT16, OPSET, Flavour
 from wm_kernels.product_key_topk import onnx_function as product_key_topk
@@ -45,6 +46,7 @@ _MODULES: dict[str, ModuleType] = {
     "wm::moe_mix": moe_mix,
     "wm::causal_conv1d": causal_conv1d,
     "wm::gated_rms_norm": gated_rms_norm,
+    "wm::linear": linear,
     "wm::selective_scan": selective_scan,
 }
 _BY_OP_TYPE: dict[str, ModuleType] = {module.OP_TYPE: module for module in _MODULES.values()}
