@@ -343,11 +343,6 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def can_wait(arch: str) -> bool:
-    """Whether a kernel can wait for the one ahead of it, and so start before that has ended: from Hopper on."""
-    return arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90
-
-
 def strides(tensor: Tensor) -> tuple[int, ...]:
     """Strides in elements, those of axes of size 1 as 0: no kernel is compiled again because of them."""
     return strides_of(tensor.shape, tensor.stride())

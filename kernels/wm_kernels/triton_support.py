@@ -56,6 +56,11 @@ def power_of_two(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
+def can_wait(arch: str) -> bool:
+    """Whether an architecture's kernels can start early and wait for the one ahead of them: `triton_early`."""
+    return arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90
+
+
 def blocks(size: int, block: int) -> int:
     """How many blocks cover `size`."""
     return -(-size // block)

@@ -9,7 +9,7 @@ from wm_kernels.causal_conv1d.triton_kernel import causal_conv1d_kernel
 from wm_kernels.symbolic import most
 from wm_kernels.triton_configs import config
 from wm_kernels.triton_launch import Launch, Plan
-from wm_kernels.triton_support import blocks, dtype_name, power_of_two
+from wm_kernels.triton_support import blocks, can_wait, dtype_name, power_of_two
 
 
 def regime(T: int) -> str:
@@ -51,6 +51,7 @@ def plan(
         "SILU": silu,
         "BLOCK_T": block_T,
         "BLOCK_C": block_C,
+        "DEPENDENT": can_wait(arch),
     }
     names = ("x_BTC", "weight_CL", "bias_C", "before_BYC", "valid_B", "y_BTC", "after_BYC")
     arguments = (*names, T, *x_strides, weight_stride, *before_strides, *after_strides)

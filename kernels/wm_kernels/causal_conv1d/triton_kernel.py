@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from wm_kernels.triton_early import wait_for_predecessor
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -11,12 +13,13 @@ def causal_conv1d_kernel(
     x_BTC, weight_CL, bias_C, before_BYC, valid_B, y_BTC, after_BYC, T,
     x_stride_B, x_stride_T, weight_stride, before_stride_B, before_stride_Y, after_stride_B, after_stride_Y,
     C: tl.constexpr, L: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_VALID: tl.constexpr, SILU: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_T tokens of BLOCK_C channels: their inputs and the Y before them are read once, all before the first is used.
 
     The program of a row's first tokens, the only one that reads the state, also writes the new one: state and new state may share memory.
     """
+    wait_for_predecessor(DEPENDENT)
     Y: tl.constexpr = L - 1
     BLOCK_Y: tl.constexpr = triton.next_power_of_2(Y)
     # One axis, as the others end at 65535: channels run fastest, then tokens.

@@ -8,7 +8,7 @@ import torch
 from wm_kernels.expert_mix.triton_kernel import expert_hidden_kernel, expert_inner_kernel, expert_outer_kernel, expert_spread_kernel
 from wm_kernels.triton_configs import config
 from wm_kernels.triton_launch import Launch, Plan, Scratch
-from wm_kernels.triton_support import blocks, dtype_name, power_of_two
+from wm_kernels.triton_support import blocks, can_wait, dtype_name, power_of_two
 
 HIDDEN_BLOCK = 1024
 EXPERTS_PER_PICK, LEAST_PICKS = 32, 64  # with which products with all experts are faster than reading the picked rows
@@ -57,13 +57,13 @@ def plan(
     scratch = {"hidden": Scratch((M, Q), torch.float32)}
     if S > 1:
         scratch["inner"] = Scratch((S, M, Q), torch.float32)
-    hidden = {"ACTIVATION": activation, "WEIGHT_INSIDE": weight_inside}
+    hidden, early = {"ACTIVATION": activation, "WEIGHT_INSIDE": weight_inside}, {"DEPENDENT": can_wait(arch)}
     inner = Launch(
         expert_inner_kernel,
         (blocks(M, values["inner_tokens"]), S, blocks(Q, picks)),
         ("x_BTD", "expert_MQ", "weight_MQ", "down_ED", "inner" if S > 1 else "hidden", M, T, *x_strides, down_stride),
         {"D": D, "Q": Q, **hidden, "FINISH": S == 1, "TOKENS": values["inner_tokens"], "PICKS": picks}
-        | {"BLOCK_Q": min(values["inner_Q"], picks), "BLOCK_D": inner_D},
+        | {"BLOCK_Q": min(values["inner_Q"], picks), "BLOCK_D": inner_D, **early},
         values["inner_warps"],
         1,
     )
@@ -71,7 +71,7 @@ def plan(
         expert_hidden_kernel,
         (blocks(M * Q, HIDDEN_BLOCK),),
         ("inner", "weight_MQ", "hidden", M * Q),
-        {"S": S, **hidden, "BLOCK": HIDDEN_BLOCK},
+        {"S": S, **hidden, "BLOCK": HIDDEN_BLOCK, **early},
         4,
         1,
     )
@@ -79,7 +79,7 @@ def plan(
         expert_outer_kernel,
         (blocks(M, values["outer_tokens"]), blocks(D, outer_D)),
         ("expert_MQ", "hidden", "up_ED", "y_MD", M, up_stride),
-        {"D": D, "Q": Q, "TOKENS": values["outer_tokens"], "BLOCK_Q": min(values["outer_Q"], power_of_two(Q)), "BLOCK_D": outer_D},
+        {"D": D, "Q": Q, "TOKENS": values["outer_tokens"], "BLOCK_Q": min(values["outer_Q"], power_of_two(Q)), "BLOCK_D": outer_D} | early,
         values["outer_warps"],
         1,
     )

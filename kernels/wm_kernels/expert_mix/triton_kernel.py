@@ -10,6 +10,8 @@ them are faster than reading the rows one by one; the last kernel stands between
 import triton
 import triton.language as tl
 
+from wm_kernels.triton_early import wait_for_predecessor
+
 LOG2E = tl.constexpr(1.4426950408889634)
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 
@@ -35,12 +37,13 @@ def _hidden(inner, weight, ACTIVATION: tl.constexpr, WEIGHT_INSIDE: tl.constexpr
 def expert_inner_kernel(
     x_BTD, expert_MQ, weight_MQ, down_ED, inner_SMQ, M, T, x_stride_B, x_stride_T, down_stride,
     D: tl.constexpr, Q: tl.constexpr, ACTIVATION: tl.constexpr, WEIGHT_INSIDE: tl.constexpr, FINISH: tl.constexpr,
-    TOKENS: tl.constexpr, PICKS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+    TOKENS: tl.constexpr, PICKS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """inner[s, m, q] = x_m · down_e over slice s of D, e the q-th pick of m; hidden[m, q] at once where there is one slice.
 
     A program does PICKS picks of each of TOKENS tokens, BLOCK_Q rows at a time.
     """
+    wait_for_predecessor(DEPENDENT)
     s = tl.program_id(1)
     first = tl.program_id(0) * TOKENS
     col = s * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -65,9 +68,10 @@ def expert_inner_kernel(
 @triton.jit(do_not_specialize=["COUNT"])
 def expert_hidden_kernel(
     inner_SMQ, weight_MQ, hidden_MQ, COUNT,
-    S: tl.constexpr, ACTIVATION: tl.constexpr, WEIGHT_INSIDE: tl.constexpr, BLOCK: tl.constexpr,
+    S: tl.constexpr, ACTIVATION: tl.constexpr, WEIGHT_INSIDE: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """hidden = act(w inner) or w act(inner), inner summed over the slices; COUNT = M Q."""
+    wait_for_predecessor(DEPENDENT)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < COUNT
     inner = tl.zeros((BLOCK,), tl.float32)
@@ -80,9 +84,10 @@ def expert_hidden_kernel(
 @triton.jit(do_not_specialize=["M"])
 def expert_outer_kernel(
     expert_MQ, hidden_MQ, up_ED, y_MD, M, up_stride,
-    D: tl.constexpr, Q: tl.constexpr, TOKENS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, Q: tl.constexpr, TOKENS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """y[m] = sum of hidden[m, q] up_e over the picks, in their order; a program does one slice of D of TOKENS tokens. y is contiguous."""
+    wait_for_predecessor(DEPENDENT)
     first = tl.program_id(0) * TOKENS
     col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_D = col < D

@@ -3,15 +3,18 @@
 import triton
 import triton.language as tl
 
+from wm_kernels.triton_early import wait_for_predecessor
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["M"])
 def gated_rms_norm_kernel(
     y_MC, z_MC, weight_C, out_MC, M, y_stride, z_stride,
-    C: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Gate and normalise ROWS rows at a time; a program goes on until all rows are done. The output is contiguous."""
+    wait_for_predecessor(DEPENDENT)
     col = tl.arange(0, BLOCK_C)
     for first in range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)

@@ -17,7 +17,7 @@ from wm_kernels.keep_window_attention import triton_kernel as kernels
 from wm_kernels.keep_window_attention import triton_select as select
 from wm_kernels.triton_configs import config
 from wm_kernels.triton_launch import Launch, Plan, Scratch, architecture, strides_of
-from wm_kernels.triton_support import blocks, dtype_name, power_of_two
+from wm_kernels.triton_support import blocks, can_wait, dtype_name, power_of_two
 
 SLOTS = ("slot_k", "slot_v", "slot_score", "slot_position")
 NEW_SLOTS = ("new_k", "new_v", "new_score", "new_position")
@@ -110,6 +110,7 @@ def _step(call: Call, values: Mapping[str, Any]) -> Plan:
     slots = (*strides["slot_k"][:3], *strides["slot_v"][:3], *strides["slot_score"], *strides["slot_position"])
     tensors = ("k", "v", "score", *SLOTS, "position")
     dims = {"H": H, "K": K, "P": P, "BLOCK_P": block_of(P), "SHARES": shares, "BLOCK_R": R}
+    dims["DEPENDENT"] = can_wait(call.arch)
     of_step = {
         "W": W, "HAS_VALID": call.valid, "BLOCK_N": values["BLOCK_N"], "BLOCK_W": min(values["BLOCK_W"], power_of_two(W)), "SCALE": P**-0.5,
         "STAGES": values["num_stages"],

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from wm_kernels.attention.triton_kernel import combined, fold, load_rows, normalized, store_partial, store_rows
 from wm_kernels.keep_window_attention.triton_select import rank_of
+from wm_kernels.triton_early import wait_for_predecessor
 
 
 @triton.jit
@@ -179,12 +180,14 @@ def attend_slots(
     slot_score_b, slot_score_k, slot_score_w, slot_position_b, slot_position_k, slot_position_w,
     H: tl.constexpr, K: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, W: tl.constexpr, HAS_VALID: tl.constexpr,
     SHARES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, SCALE: tl.constexpr, STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One token against one share of the slots: its own key replaces the worst one if it beats it. Grid: (SHARES, K, B).
 
     With one share the output and the slot are written here. Otherwise acc and tops get a partial softmax and choice the slot to write, or
     -1: no share may write what another still reads.
     """
+    wait_for_predecessor(DEPENDENT)
     LOG2E: tl.constexpr = 1.4426950408889634
     G: tl.constexpr = H // K
     share = tl.program_id(0)
@@ -255,8 +258,10 @@ def combine_and_replace(
     k_b, k_k, v_b, v_k, score_b, score_k, slot_k_b, slot_k_k, slot_k_w, slot_v_b, slot_v_k, slot_v_w,
     slot_score_b, slot_score_k, slot_score_w, slot_position_b, slot_position_k, slot_position_w,
     H: tl.constexpr, K: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, SHARES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """The output from the shares of `attend_slots`, and the slot that the token takes. Grid: (H, B)."""
+    wait_for_predecessor(DEPENDENT)
     G: tl.constexpr = H // K
     h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     kv = (h // G).to(tl.int64)

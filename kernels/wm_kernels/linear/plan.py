@@ -8,8 +8,8 @@ import torch
 
 from wm_kernels.linear.triton_kernel import few_rows_kernel, tiles_kernel
 from wm_kernels.triton_configs import config
-from wm_kernels.triton_launch import Launch, Plan, can_wait
-from wm_kernels.triton_support import blocks, dtype_name, power_of_two
+from wm_kernels.triton_launch import Launch, Plan
+from wm_kernels.triton_support import blocks, can_wait, dtype_name, power_of_two
 
 REGIMES = ("row", "rows", "narrow", "tiles")
 ARGUMENTS = ("x_MK", "weight_NK", "bias_N", "step_bias_H", "a_MA", "b_MB", "c_MC", "dt_MH")

@@ -6,6 +6,8 @@ M rows   K inputs   N outputs before gates   A, B, C, H widths of the parts
 import triton
 import triton.language as tl
 
+from wm_kernels.triton_early import wait_for_predecessor
+
 
 @triton.jit(do_not_specialize=["M", "H"])
 def few_rows_kernel(
@@ -20,9 +22,7 @@ def few_rows_kernel(
     weight = tl.load(weight_NK + read[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0)
     if GATED:
         up = tl.load(weight_NK + (A + read)[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0)
-    if DEPENDENT:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait_for_predecessor(DEPENDENT)
     for index in tl.static_range(ROWS):
         row = tl.program_id(1) * ROWS + index
         x = x_MK + tl.minimum(row, M - 1).to(tl.int64) * K
@@ -65,9 +65,7 @@ def tiles_kernel(
     x_at = x_MK + tl.minimum(row, M - 1).to(tl.int64)[:, None] * K + k[None, :]
     weight_at = weight_NK + read[None, :] * K + k[:, None]
     up_at = weight_at + A * K
-    if DEPENDENT:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait_for_predecessor(DEPENDENT)
     y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):

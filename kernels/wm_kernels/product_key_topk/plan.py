@@ -8,7 +8,7 @@ import torch
 from wm_kernels.product_key_topk.triton_kernel import product_key_topk_kernel
 from wm_kernels.triton_configs import config
 from wm_kernels.triton_launch import Launch, Plan
-from wm_kernels.triton_support import blocks, dtype_name, power_of_two
+from wm_kernels.triton_support import blocks, can_wait, dtype_name, power_of_two
 
 TILE = 2**14  # scores held at once: of four warps, 128 registers a thread
 KEY_BYTES = 2**17  # of sub-keys held at once, in shared memory
@@ -49,6 +49,7 @@ def plan(
         "BLOCK_J": max(16, block_J),
         "K": power_of_two(k),
         "INTERPRETED": arch == "interpreter",
+        "DEPENDENT": can_wait(arch),
     }
     names = ("query_BTR2d", "keys_RJ2d", "weight_MRk", "expert_MRk")
     grid = (blocks(B * T, block_M), R)

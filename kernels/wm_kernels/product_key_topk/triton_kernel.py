@@ -6,6 +6,8 @@ M tokens   R retrieval heads   d half a query's width   J sub-keys per half   k 
 import triton
 import triton.language as tl
 
+from wm_kernels.triton_early import wait_for_predecessor
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LAST = tl.constexpr(2**31 - 1)
 ROUNDING = tl.constexpr(2.0**-22)  # numbers below 1 that differ by more than this stay apart when one number is added to both
@@ -35,8 +37,10 @@ def product_key_topk_kernel(
     query_stride_B, query_stride_T, query_stride_R, query_stride_2, keys_stride_R, keys_stride_J, keys_stride_2,
     R: tl.constexpr, d: tl.constexpr, J: tl.constexpr, k: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_d: tl.constexpr, BLOCK_J: tl.constexpr, K: tl.constexpr, INTERPRETED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M tokens of one head: scores of both halves, the k best of each, the k best of their sums, softmax. Outputs are contiguous."""
+    wait_for_predecessor(DEPENDENT)
     r = tl.program_id(1)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_M = m < M

@@ -9,7 +9,7 @@ from wm_kernels.residual_rms_norm.triton_kernel import residual_rms_norm_kernel
 from wm_kernels.symbolic import least
 from wm_kernels.triton_configs import config
 from wm_kernels.triton_launch import Launch, Plan
-from wm_kernels.triton_support import blocks, dtype_name, power_of_two
+from wm_kernels.triton_support import blocks, can_wait, dtype_name, power_of_two
 
 WIDEST = 16384  # columns held at once; wider rows are read twice
 
@@ -27,6 +27,7 @@ def plan(
     values = override or config("residual_rms_norm", arch, dtype_name(dtype), regime(D), (("D", D),))
     rows = values["rows"]
     constants = {"D": D, "EPS": eps, "HAS_SCALE": has_scale, "ROWS": rows, "BLOCK_D": min(power_of_two(D), WIDEST)}
+    constants["DEPENDENT"] = can_wait(arch)
     arguments = ("x_MD", "residual_MD", "scale_D", "weight_D", "normed_MD", "sum_MD", M, x_stride, residual_stride)
     grid = (least(blocks(M, rows), values["programs"]),)
     return Plan((Launch(residual_rms_norm_kernel, grid, arguments, constants, values["num_warps"], 1),))

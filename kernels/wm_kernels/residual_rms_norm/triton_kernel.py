@@ -3,13 +3,16 @@
 import triton
 import triton.language as tl
 
+from wm_kernels.triton_early import wait_for_predecessor
+
 
 @triton.jit(do_not_specialize=["M"])
 def residual_rms_norm_kernel(
     x_MD, residual_MD, scale_D, weight_D, normed_MD, sum_MD, M, x_stride, residual_stride,
-    D: tl.constexpr, EPS: tl.constexpr, HAS_SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, EPS: tl.constexpr, HAS_SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Normalise ROWS rows at a time; a program goes on until all rows are done. Outputs are contiguous."""
+    wait_for_predecessor(DEPENDENT)
     col = tl.arange(0, BLOCK_D)
     for first in range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)

@@ -12,7 +12,7 @@ import torch
 from wm_kernels.symbolic import least, most
 from wm_kernels.triton_configs import config
 from wm_kernels.triton_launch import Launch, Plan, Scratch
-from wm_kernels.triton_support import blocks, dtype_name, power_of_two
+from wm_kernels.triton_support import blocks, can_wait, dtype_name, power_of_two
 
 REGIMES = ("tokens", "sweep", "crowd", "narrow", "fold", "carry")
 
@@ -220,7 +220,7 @@ def _outer(strides: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _tokens(call: ScanCall, chosen: Any) -> Launch:
-    constants = {"P": call.P, "F": call.F, "HAS_STATE": call.has_state}
+    constants = {"P": call.P, "F": call.F, "HAS_STATE": call.has_state, "DEPENDENT": can_wait(call.arch)}
     constants |= {"BLOCK_N": power_of_two(call.N), "BLOCK_P": min(chosen["BLOCK_P"], power_of_two(call.P))}
     grid = (call.B * call.H * blocks(call.P, constants["BLOCK_P"]),)
     tensors = ("x", "dt", "A", "B", "C", "cos", "sin", "valid", "state", "y", "out")

@@ -13,6 +13,8 @@ One token is `scan_tokens`.
 import triton
 import triton.language as tl
 
+from wm_kernels.triton_early import wait_for_predecessor
+
 LOG2E = tl.constexpr(1.4426950408889634)
 FORGETS = tl.constexpr(-160.0)  # 2^-160 is 0 in float32; the bound keeps a chunk's sums small enough to be exact
 LEAST = tl.constexpr(2.0**-126)  # where a factor dt becomes a term of an exponent: the smallest normal number, for 0
@@ -321,9 +323,10 @@ def scan_tokens(
     T, x_b, x_t, x_h, dt_b, dt_t, dt_h, A_h, B_b, B_t, B_g, C_b, C_t, C_g, cos_b, cos_t, sin_b, sin_t,
     state_b, state_h, state_n, out_b, out_h, out_n,
     H: tl.constexpr, P: tl.constexpr, G: tl.constexpr, N: tl.constexpr, F: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, HAS_STATE: tl.constexpr, HAS_VALID: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, HAS_STATE: tl.constexpr, HAS_VALID: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """The recurrence itself, token after token, for any T: what T calls of one token give, bit for bit. Grid: B * H * tiles of P."""
+    wait_for_predecessor(DEPENDENT)
     p = (tl.program_id(0) % tl.cdiv(P, BLOCK_P)) * BLOCK_P + tl.arange(0, BLOCK_P)
     row = (tl.program_id(0) // tl.cdiv(P, BLOCK_P)).to(tl.int64)
     zero = tl.full((), 0, tl.int64)
