@@ -23,6 +23,7 @@ class _Launch(ctypes.Structure):
         ("block", ctypes.c_uint32 * 3),
         ("shared", ctypes.c_uint32),
         ("parameters", ctypes.c_uint32),
+        ("programmatic", ctypes.c_uint32),
         ("stream", ctypes.c_uint64),
         ("context", ctypes.c_uint64),
         ("values", ctypes.c_uint64 * 130),
@@ -51,7 +52,8 @@ def _launches(double: ctypes.CDLL) -> list[dict[str, Any]]:
     for index in range(double.double_launches()):
         one = double.double_launch_at(index).contents
         values = list(one.values[: one.parameters])
-        found.append({"name": one.name.decode(), "grid": list(one.grid), "values": values, "stream": one.stream})
+        told = {"grid": list(one.grid), "values": values, "stream": one.stream, "programmatic": one.programmatic}
+        found.append({"name": one.name.decode(), **told})
     return found
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from dataclasses import replace
+from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
@@ -108,6 +109,23 @@ def test_a_kernel_that_does_not_compile_is_named():
         compile_kernels([(replace(copying(), constants=(("D", 500), ("ROWS", TILE))), "sm_90")])
 
 
+@needs_triton
+def test_plans_say_of_every_kernel_whether_it_waits_itself_for_the_one_ahead(compiled, tmp_path):
+    from wm_export.native import _write_kernels
+
+    import_module("native_kernels")  # whose text is part of ids
+    good = compiled["good"]
+    waiting, not_waiting = (
+        replace(good, kernel=replace(good.kernel, constants=(("D", D), ("DEPENDENT", value), ("ROWS", TILE)))) for value in (True, False)
+    )
+    kernels = _write_kernels([good, waiting, not_waiting], tmp_path)
+    assert {identity: entry["dependent"] for identity, entry in kernels.items()} == {
+        good.kernel.id: False,
+        waiting.kernel.id: True,
+        not_waiting.kernel.id: False,
+    }
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint") / "c"
@@ -148,6 +166,7 @@ def test_a_bundles_kernels_are_those_that_its_plans_launch(bundle):
     plans = json.loads((bundle / "kernels/plans.json").read_text())
     launched = {launch["kernel"] for op in plans["ops"] for variant in op["variants"] for launch in variant["launches"]}
     assert launched == set(plans["kernels"])
+    assert {type(kernel["dependent"]) for kernel in plans["kernels"].values()} == {bool}
     for op in plans["ops"]:
         for variant in op["variants"]:
             for launch in variant["launches"]:

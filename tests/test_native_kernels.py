@@ -69,9 +69,10 @@ def _write(folder: Path, expressions: list[Any], symbols: dict[str, int]) -> Non
     kernel = {
         "name": "probe",
         "parameters": ["i64"] * len(expressions),
+        "dependent": False,
         "files": {"sm_90": file | {"shared": 0, "warps": 1, "registers": 8}},
     }
-    plans = {"schema": 1, "triton": "3.6.0", "architectures": ["sm_90"], "kernels": {KERNEL: kernel}, "ops": [entry], "digest": ZEROS}
+    plans = {"schema": 2, "triton": "3.6.0", "architectures": ["sm_90"], "kernels": {KERNEL: kernel}, "ops": [entry], "digest": ZEROS}
     text = json.dumps(plans, sort_keys=True)
     (folder / "plans.json").write_text(text.replace(ZEROS, hashlib.sha256(text.encode()).hexdigest(), 1))
 
@@ -147,6 +148,7 @@ def test_a_call_reaches_the_driver_as_the_plan_says(ask: Callable[[Any], Any]) -
     assert answer["launches"][0]["grid"] == [B * 2, 1, 1]
     assert answer["launches"][0]["values"] == [2 << 40, (1 << 50) + 256, 4 << 40, T, 16 * B, 0, 0]
     assert answer["launches"][1]["stream"] == 7
+    assert [launch["programmatic"] for launch in answer["launches"]] == [0, 1]
 
 
 def test_a_float_argument_selects_by_its_repr(ask: Callable[[Any], Any]) -> None:

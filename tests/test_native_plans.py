@@ -194,3 +194,21 @@ def test_damaged_plans_are_refused():
     assert Plans(text).data == plans.data
     with pytest.raises(PlansError, match="digest"):
         Plans(text.replace('"B"', '"T"', 1))
+
+
+def test_plans_of_an_older_schema_are_refused_and_say_to_export_again():
+    from wm_kernels.native_plans import Plans, PlansError, text_of
+
+    _, plans = entries_and_plans("rope", 0, torch.bfloat16)
+    with pytest.raises(PlansError, match=r"^plans\.json: schema 1, expected 2; export it with this version$"):
+        Plans(text_of({**plans.data, "schema": 1}))
+
+
+@pytest.mark.parametrize(
+    ("constants", "dependent"),
+    [((), False), ((("DEPENDENT", False),), False), ((("DEPENDENT", True),), True), ((("D", 64), ("DEPENDENT", 1)), True)],
+)
+def test_a_kernel_is_dependent_where_its_constant_says_so(constants, dependent):
+    from wm_kernels.native import Kernel
+
+    assert Kernel(("native_kernels", "copy_rows"), (), constants, 4, 1, None).dependent is dependent

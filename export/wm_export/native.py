@@ -156,7 +156,8 @@ def _write_kernels(made: Sequence[Compiled], folder: Path) -> dict[str, dict[str
         file = folder / compiled.architecture / f"{identity}.cubin"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(compiled.cubin)
-        entry = kernels.setdefault(identity, {"name": compiled.name, "parameters": list(compiled.kernel.parameters), "files": {}})
+        facts = {"name": compiled.name, "parameters": list(compiled.kernel.parameters), "dependent": compiled.kernel.dependent}
+        entry = kernels.setdefault(identity, {**facts, "files": {}})
         entry["files"][compiled.architecture] = {
             "file": f"{compiled.architecture}/{identity}.cubin",
             "sha256": hashlib.sha256(compiled.cubin).hexdigest(),

@@ -181,6 +181,11 @@ class Kernel:
     max_registers: int | None
 
     @property
+    def dependent(self) -> bool:
+        """Whether it waits itself for the kernel ahead of it in the stream, and so may start before that ends."""
+        return bool(dict(self.constants).get("DEPENDENT"))
+
+    @property
     def id(self) -> str:
         """The function's name and a hash of what is compiled, the architecture apart."""
         parts = (_source(self.function[0]), self.function, self.parameters, self.constants, self.warps, self.stages, self.max_registers)

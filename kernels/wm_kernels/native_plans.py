@@ -16,7 +16,7 @@ from wm_kernels.symbolic import TraceError, of
 from wm_kernels.triton_support import dtype_name
 
 FILE = "plans.json"
-SCHEMA = 1
+SCHEMA = 2
 MOST_VARIANTS = 256  # of an entry
 _BLANK = "0" * 64  # in the place of the digest
 
@@ -70,7 +70,7 @@ def document(
 
     Args:
         entries: in the order in which a loader looks for one that fits.
-        kernels: by id: `name`, `parameters` and `files`.
+        kernels: by id: `name`, `parameters`, `dependent` and `files`.
         architectures: `sm_90` and so on.
         triton: version of the compiler.
     """

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t MAX_GRID[3] = {(int64_t{1} << 31) - 1, 65535, 65535};
 constexpr size_t MAX_SCRATCH = size_t{1} << 48;
+constexpr int OVERLAPS = 9;  // major compute capability from which a kernel may start before the one ahead of it ends
 
 // What a call launches. It lies on the stack: launching allocates nothing.
 struct Batch {
@@ -19,6 +20,7 @@ struct Batch {
     unsigned grid[3];
     unsigned threads;
     unsigned shared;
+    bool dependent;
     size_t first;  // among `pointers`
   };
   struct Copy {
@@ -175,6 +177,7 @@ void add_launch(const Library& library, const Bound& bound, const Launch& launch
   for (int i = 0; i < 2; ++i) batch.pointers[batch.pointers_used++] = &batch.values[0];
   one.threads = kernel.cubins[architecture].warps * 32;
   one.shared = kernel.cubins[architecture].shared;
+  one.dependent = kernel.dependent;
   ++batch.launches;
 }
 
@@ -189,18 +192,32 @@ CuFunction function_of(const Library& library, size_t kernel, size_t architectur
   return library.modules.load(kernel, architecture, device);
 }
 
-void run(const Batch& batch, CuStream stream) {
+// Launches a kernel that may start before the one ahead of it in the stream ends.
+void launch_overlapping(const Driver& d, const Batch::One& one, CuStream stream, void** parameters) {
+  CuLaunchAttribute attribute{};
+  attribute.id = LAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION;
+  attribute.value.programmatic_stream_serialization_allowed = 1;
+  const CuLaunchConfig config{{one.grid[0], one.grid[1], one.grid[2]}, {one.threads, 1, 1}, one.shared, stream, &attribute, 1};
+  d.check(d.launch_kernel_ex(&config, one.function, parameters, nullptr), "cuLaunchKernelEx");
+}
+
+void run(const Batch& batch, const Device& device, CuStream stream) {
   const Driver& d = driver();
+  const bool overlaps = d.launch_kernel_ex != nullptr && device.major >= OVERLAPS;
   for (size_t i = 0; i < batch.copies; ++i) {
     d.check(d.memcpy_dtod_async(batch.copy[i].to, batch.copy[i].from, batch.copy[i].bytes, stream), "cuMemcpyDtoDAsync");
   }
   for (size_t i = 0; i < batch.launches; ++i) {
     const Batch::One& one = batch.launch[i];
-    // cuLaunchKernel reads the array; its type lacks the const.
+    // The driver reads the array; its type lacks the const.
     auto** parameters = const_cast<void**>(&batch.pointers[one.first]);
-    const CuResult result =
-        d.launch_kernel(one.function, one.grid[0], one.grid[1], one.grid[2], one.threads, 1, 1, one.shared, stream, parameters, nullptr);
-    d.check(result, "cuLaunchKernel");
+    if (one.dependent && overlaps) {
+      launch_overlapping(d, one, stream, parameters);
+    } else {
+      const CuResult result =
+          d.launch_kernel(one.function, one.grid[0], one.grid[1], one.grid[2], one.threads, 1, 1, one.shared, stream, parameters, nullptr);
+      d.check(result, "cuLaunchKernel");
+    }
   }
 }
 
@@ -252,7 +269,7 @@ void launch(const Op& op, const wmk_call& call) {
     add_launch(library, bound, one, architecture, slots, batch);
     if (batch.launches > index) batch.launch[index].function = function_of(library, one.kernel, architecture, device, stream);
   }
-  run(batch, stream);
+  run(batch, device, stream);
 }
 
 }  // namespace wmk

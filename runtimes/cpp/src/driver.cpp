@@ -45,6 +45,7 @@ Loaded load() {
   need("cuGetErrorName", d.get_error_name);
   find(library, "cuCtxGetId", d.ctx_get_id);
   find(library, "cuFuncGetParamInfo", d.func_get_param_info);
+  find(library, "cuLaunchKernelEx", d.launch_kernel_ex);
   find(library, "cuThreadExchangeStreamCaptureMode", d.thread_exchange_stream_capture_mode);
   if (missing != nullptr) {
     loaded.problem = std::string("no CUDA here: libcuda.so.1 has no ") + missing + "; install a newer NVIDIA driver";

@@ -25,6 +25,28 @@ constexpr int FUNCTION_MAX_THREADS = 0;
 constexpr int FUNCTION_MAX_DYNAMIC_SHARED = 8;
 constexpr int CAPTURE_NONE = 0;
 constexpr int CAPTURE_MODE_RELAXED = 2;
+constexpr int LAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION = 6;
+
+// Structs of cuda.h, which cuLaunchKernelEx reads.
+struct CuLaunchAttribute {
+  int id;
+  char pad[8 - sizeof(int)];
+  union {
+    alignas(8) char bytes[64];
+    int programmatic_stream_serialization_allowed;
+  } value;
+};
+static_assert(sizeof(CuLaunchAttribute) == 72 && offsetof(CuLaunchAttribute, value) == 8, "as CUlaunchAttribute");
+
+struct CuLaunchConfig {
+  unsigned grid[3];
+  unsigned block[3];
+  unsigned shared;
+  CuStream stream;
+  CuLaunchAttribute* attributes;
+  unsigned attribute_count;
+};
+static_assert(sizeof(CuLaunchConfig) == 56 && offsetof(CuLaunchConfig, stream) == 32, "as CUlaunchConfig");
 
 struct Driver {
   CuResult (*init)(unsigned);
@@ -41,9 +63,10 @@ struct Driver {
   CuResult (*stream_is_capturing)(CuStream, int*);
   CuResult (*get_error_name)(CuResult, const char**);
   // Of newer drivers; null where there is none.
-  CuResult (*ctx_get_id)(CuContext, unsigned long long*);                 // CUDA 12.0
-  CuResult (*func_get_param_info)(CuFunction, size_t, size_t*, size_t*);  // CUDA 12.4
-  CuResult (*thread_exchange_stream_capture_mode)(int*);                  // CUDA 10.1
+  CuResult (*ctx_get_id)(CuContext, unsigned long long*);                           // CUDA 12.0
+  CuResult (*func_get_param_info)(CuFunction, size_t, size_t*, size_t*);            // CUDA 12.4
+  CuResult (*launch_kernel_ex)(const CuLaunchConfig*, CuFunction, void**, void**);  // CUDA 12.0
+  CuResult (*thread_exchange_stream_capture_mode)(int*);                            // CUDA 10.1
 
   // Throws Error (failed) unless the result is success. No text is made before.
   template <typename Text>

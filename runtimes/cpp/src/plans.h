@@ -42,6 +42,7 @@ struct Kernel {
   std::string name;  // entry point in the cubin
   std::vector<Parameter> parameters;
   std::vector<Cubin> cubins;  // by architecture
+  bool dependent = false;     // it waits itself for the kernel ahead of it in the stream
 };
 
 struct Tensor {

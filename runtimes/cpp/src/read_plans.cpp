@@ -9,7 +9,7 @@
 namespace wmk {
 namespace {
 
-constexpr int64_t SCHEMA = 1;
+constexpr int64_t SCHEMA = 2;
 constexpr size_t MAX_KERNELS = 65536;
 constexpr size_t MAX_ENTRIES = 4096;
 constexpr size_t MAX_VARIANTS = 256;
@@ -103,8 +103,9 @@ int index_of(const std::vector<std::string>& names, const std::string& name) {
 
 Kernel read_kernel(const Place& place, const std::string& id, const std::vector<std::string>& architectures) {
   if (!is_kernel_id(id)) place.wrong("an id of the form name-0123456789abcdef");
-  place.object({"name", "parameters", "files"});
+  place.object({"name", "parameters", "dependent", "files"});
   Kernel kernel{id, place.member("name").name(), {}, std::vector<Cubin>(architectures.size())};
+  kernel.dependent = place.member("dependent").boolean();
   const Place parameters = place.member("parameters");
   parameters.array(0, MAX_PARAMETERS);
   for (size_t i = 0; i < parameters.size(); ++i) kernel.parameters.push_back(read_parameter(parameters.element(i)));

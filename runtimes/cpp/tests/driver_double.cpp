@@ -23,17 +23,10 @@ constexpr int INVALID_IMAGE = 200;
 constexpr int INVALID_CONTEXT = 201;
 constexpr int NOT_FOUND = 500;
 constexpr int UNKNOWN = 999;
-constexpr const char* FUNCTIONS[] = {"cuCtxGetCurrent",
-                                     "cuDeviceGetAttribute",
-                                     "cuModuleLoadData",
-                                     "cuModuleUnload",
-                                     "cuModuleGetFunction",
-                                     "cuFuncGetAttribute",
-                                     "cuFuncSetAttribute",
-                                     "cuStreamIsCapturing",
-                                     "cuMemcpyDtoDAsync",
-                                     "cuLaunchKernel",
-                                     "cuThreadExchangeStreamCaptureMode"};
+constexpr const char* FUNCTIONS[] = {"cuCtxGetCurrent",    "cuDeviceGetAttribute", "cuModuleLoadData",
+                                     "cuModuleUnload",     "cuModuleGetFunction",  "cuFuncGetAttribute",
+                                     "cuFuncSetAttribute", "cuStreamIsCapturing",  "cuMemcpyDtoDAsync",
+                                     "cuLaunchKernel",     "cuLaunchKernelEx",     "cuThreadExchangeStreamCaptureMode"};
 
 struct Function {
   std::string name;
@@ -96,6 +89,30 @@ void run(const double_launch& launch) {
   const auto* b = reinterpret_cast<const float*>(launch.values[1]);
   auto* out = reinterpret_cast<float*>(launch.values[2]);
   for (uint64_t i = 0; i < launch.values[3]; ++i) out[i] = a[i] + b[i];
+}
+
+int launched(const wmk::CuLaunchConfig& config, wmk::CuFunction function, void** parameters, bool programmatic) {
+  const Function* one = reinterpret_cast<Function*>(function);
+  const auto& grid = config.grid;
+  if (one->context != current) return INVALID_CONTEXT;
+  if (grid[0] == 0 || grid[1] == 0 || grid[2] == 0 || grid[1] > 65535 || grid[2] > 65535) return INVALID_VALUE;
+  ++state().launched;
+  auto launch = std::make_unique<double_launch>();
+  std::strncpy(launch->name, one->name.c_str(), sizeof(launch->name) - 1);
+  std::memcpy(launch->grid, config.grid, sizeof(config.grid));
+  std::memcpy(launch->block, config.block, sizeof(config.block));
+  launch->shared = config.shared;
+  launch->stream = reinterpret_cast<uint64_t>(config.stream);
+  launch->context = current;
+  launch->parameters = static_cast<uint32_t>(one->bytes.size());
+  launch->programmatic = programmatic ? 1 : 0;
+  // As the real driver, it reads every parameter of the function.
+  for (size_t i = 0; i < one->bytes.size() && i < 130; ++i) std::memcpy(&launch->values[i], parameters[i], one->bytes[i]);
+  if (state().running != 0) run(*launch);
+  if (state().recording == 0) return 0;
+  const std::lock_guard<std::mutex> lock(state().mutex);
+  state().launches.push_back(std::move(launch));
+  return 0;
 }
 
 }  // namespace
@@ -266,25 +283,16 @@ EXPORT int cuGetErrorName(int error, const char** name) {
 EXPORT int cuLaunchKernel(wmk::CuFunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                           unsigned shared, wmk::CuStream stream, void** parameters, void**) {
   CALLED("cuLaunchKernel");
-  const Function* one = reinterpret_cast<Function*>(function);
-  if (one->context != current) return INVALID_CONTEXT;
-  if (gx == 0 || gy == 0 || gz == 0 || gy > 65535 || gz > 65535) return INVALID_VALUE;
-  ++state().launched;
-  auto launch = std::make_unique<double_launch>();
-  std::strncpy(launch->name, one->name.c_str(), sizeof(launch->name) - 1);
-  const uint32_t grid[3] = {gx, gy, gz};
-  const uint32_t block[3] = {bx, by, bz};
-  std::memcpy(launch->grid, grid, sizeof(grid));
-  std::memcpy(launch->block, block, sizeof(block));
-  launch->shared = shared;
-  launch->stream = reinterpret_cast<uint64_t>(stream);
-  launch->context = current;
-  launch->parameters = static_cast<uint32_t>(one->bytes.size());
-  // As the real driver, it reads every parameter of the function.
-  for (size_t i = 0; i < one->bytes.size() && i < 130; ++i) std::memcpy(&launch->values[i], parameters[i], one->bytes[i]);
-  if (state().running != 0) run(*launch);
-  if (state().recording == 0) return 0;
-  const std::lock_guard<std::mutex> lock(state().mutex);
-  state().launches.push_back(std::move(launch));
-  return 0;
+  return launched({{gx, gy, gz}, {bx, by, bz}, shared, stream, nullptr, 0}, function, parameters, false);
+}
+
+EXPORT int cuLaunchKernelEx(const wmk::CuLaunchConfig* config, wmk::CuFunction function, void** parameters, void**) {
+  CALLED("cuLaunchKernelEx");
+  bool programmatic = false;
+  for (unsigned i = 0; i < config->attribute_count; ++i) {
+    const wmk::CuLaunchAttribute& attribute = config->attributes[i];
+    if (attribute.id != 6) return INVALID_VALUE;
+    programmatic = attribute.value.programmatic_stream_serialization_allowed == 1;
+  }
+  return launched(*config, function, parameters, programmatic);
 }

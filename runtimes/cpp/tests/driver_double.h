@@ -18,6 +18,7 @@ typedef struct double_launch {
   uint32_t block[3];
   uint32_t shared;
   uint32_t parameters;
+  uint32_t programmatic;  // 1: it may start before the launch ahead of it ends
   uint64_t stream;
   uint64_t context;
   uint64_t values[130];  // as the kernel would read them, 4-byte ones zero-extended

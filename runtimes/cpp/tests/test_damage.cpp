@@ -81,9 +81,9 @@ TEST_P(Sealed, what_the_format_does_not_allow_is_refused_by_its_place) {
 INSTANTIATE_TEST_SUITE_P(
     Format, Sealed,
     ::testing::Values(
-        Fault{"\"schema\": 1", "\"schema\": 2", "schema is 2, expected an integer from 1 to 1"},
-        Fault{"\"schema\": 1", "\"schema\": 1, \"new\": 1", "no member \"new\""}, Fault{"\"schema\": 1", "\"schema\": 1.0", "no integer"},
-        Fault{"\"schema\": 1", "\"schema\": 1, \"schema\": 1", "twice"}, Fault{"\"triton\": ", "\"triton_\": ", "a member triton"},
+        Fault{"\"schema\": 2", "\"schema\": 1", "schema is 1, expected an integer from 2 to 2; export the bundle again"},
+        Fault{"\"schema\": 2", "\"schema\": 2, \"new\": 1", "no member \"new\""}, Fault{"\"schema\": 2", "\"schema\": 2.0", "no integer"},
+        Fault{"\"schema\": 2", "\"schema\": 2, \"schema\": 2", "twice"}, Fault{"\"triton\": ", "\"triton_\": ", "a member triton"},
         Fault{"\"sm_80\",", "\"sm_80\", \"sm_80\",", "architectures[1]"}, Fault{"\"sm_80\",", "\"../x\",", "architectures[0]"},
         Fault{"\"sm_80/add-", "\"../sm_80/add-", "expected \"sm_80/add-0000000000000006.cubin\""},
         Fault{"\"sm_80/add-", "\"/sm_80/add-", "expected \"sm_80/add-"},
@@ -93,7 +93,8 @@ INSTANTIATE_TEST_SUITE_P(
         Fault{"\"size\": 2", "\"size\": -2", "size is -2"}, Fault{"\"ptr:float32:16\"", "\"ptr:float32:8\"", "ptr:<dtype>:16"},
         Fault{"\"ptr:float32:16\"", "\"ptr:float31:16\"", "a dtype"}, Fault{"\"ptr:float32:16\"", "\"ptr:\"", "ptr:<dtype>"},
         Fault{"\"i32\"", "\"i32:0\"", "a divisor"}, Fault{"\"i32\"", "\"f32\"", "ptr:..., i32 or i64"},
-        Fault{"\"name\": \"add\"", "\"name\": \"a b\"", "a name"},
+        Fault{"\"name\": \"add\"", "\"name\": \"a b\"", "a name"}, Fault{"\"dependent\": false,", "", "a member dependent"},
+        Fault{"\"dependent\": true", "\"dependent\": 1", "true or false"},
         Fault{"\"op\": \"wm::scan\"", "\"op\": 3", "ops[0].op is 3, expected a text"},
         Fault{"\"symbols\": [\n    \"B\",\n    \"T\"", "\"symbols\": [\n    \"B\",\n    \"B\"", "symbols[1]"},
         Fault{"\"symbols\": [\n    \"B\",\n    \"T\"", "\"symbols\": [\n    \"B\",\n    \"T\", \"U\"",
@@ -117,11 +118,11 @@ INSTANTIATE_TEST_SUITE_P(
         Fault{"\"float\": \"1e-06\"", "\"float\": \"1e-06x\"", "a decimal number"},
         Fault{"\"eps\": \"1e-06\"", "\"eps\": {\"float\": \"1e-06\"}", "an integer or a text"},
         Fault{"\"activation\": \"silu\"", "\"activation\": \"\xff\"", "no JSON at byte"},
-        Fault{"\"schema\": 1", "\"schema\": 1,", "no JSON at byte"}));
+        Fault{"\"schema\": 2", "\"schema\": 2,", "no JSON at byte"}));
 
 TEST(Damage, depth_of_the_file_is_limited) {
   const Folder folder;
-  folder.edit("\"schema\": 1", "\"schema\": " + std::string(100000, '[') + std::string(100000, ']'));
+  folder.edit("\"schema\": 2", "\"schema\": " + std::string(100000, '[') + std::string(100000, ']'));
   expect_damaged(folder, "48 levels");
 }
 

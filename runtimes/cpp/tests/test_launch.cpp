@@ -43,6 +43,7 @@ TEST_F(Launch, grid_arguments_stream_and_shared_memory_are_those_of_the_plan) {
   EXPECT_EQ(prepare.grid[0], 6u);  // 3 rows of ceil(100 / 64) blocks
   EXPECT_EQ(prepare.block[0], 128u);
   EXPECT_EQ(prepare.shared, 0u);
+  EXPECT_EQ(prepare.programmatic, 0u);
   EXPECT_EQ(prepare.stream, 77u);
   ASSERT_EQ(prepare.parameters, 7u);
   const uint64_t expected[] = {DT, SCRATCH + 256, VALID, 100, 48, 0, 0};  // the last two: Triton's scratch pointers
@@ -54,6 +55,8 @@ TEST_F(Launch, grid_arguments_stream_and_shared_memory_are_those_of_the_plan) {
   EXPECT_EQ(sweep.grid[1], 2u);
   EXPECT_EQ(sweep.block[0], 256u);
   EXPECT_EQ(sweep.shared, 98304u);
+  EXPECT_EQ(sweep.programmatic, 1u);
+  EXPECT_EQ(sweep.stream, 77u);
   EXPECT_EQ(double_shared_asked(), 98304);
   const uint64_t then[] = {X, SCRATCH + 256, STATE, Y, NEXT, 128, 0, 0};
   for (size_t i = 0; i < 8; ++i) EXPECT_EQ(sweep.values[i], then[i]) << i;
@@ -161,6 +164,38 @@ TEST_F(Launch, a_device_runs_kernels_of_its_architecture_or_of_an_older_one_of_8
   double_set_capability(10, 0);
   EXPECT_EQ(call.launch(), WMK_UNAVAILABLE);
   expect_line("this device is sm_100, the bundle's kernels are for sm_80, sm_90");
+}
+
+TEST_F(Launch, a_dependent_kernel_may_overlap_the_one_ahead_on_a_device_of_9_0_not_of_8_x_and_others_never) {
+  Call norm(library, "wm::norm", {{"eps", "1e-06", 0}});
+  norm.input(WMK_FLOAT32, {2, 64}, X).input(WMK_FLOAT32, {64}, DT).output(WMK_FLOAT32, {2, 64}, Y);
+  ASSERT_EQ(norm.find(), WMK_OK);
+  Call scan(library, "wm::scan", SCAN_KEY);
+  fill_scan(scan, 1, 1, true);
+  ASSERT_EQ(scan.find(), WMK_OK);
+  const struct {
+    int major, minor;
+    uint32_t programmatic;
+  } devices[] = {{8, 0, 0}, {8, 9, 0}, {9, 0, 1}};
+  uint64_t context = 10;
+  for (const auto& device : devices) {
+    double_set_context(context++);
+    double_set_capability(device.major, device.minor);
+    const int64_t first = double_launches();
+    ASSERT_EQ(norm.launch(5), WMK_OK) << wmk_last_error();
+    ASSERT_EQ(scan.launch(5), WMK_OK) << wmk_last_error();
+    const double_launch& dependent = *double_launch_at(first);
+    EXPECT_STREQ(dependent.name, "norm");
+    EXPECT_EQ(dependent.programmatic, device.programmatic) << device.major;
+    EXPECT_EQ(dependent.grid[0], 2u);
+    EXPECT_EQ(dependent.block[0], 32u);
+    EXPECT_EQ(dependent.stream, 5u);
+    const uint64_t values[] = {X, DT, Y, 2, 0, 0};
+    for (size_t i = 0; i < 6; ++i) EXPECT_EQ(dependent.values[i], values[i]) << i;
+    EXPECT_STREQ(double_launch_at(first + 1)->name, "tokens");
+    EXPECT_EQ(double_launch_at(first + 1)->programmatic, 0u);
+  }
+  EXPECT_EQ(double_calls("cuLaunchKernelEx"), 1);
 }
 
 TEST_F(Launch, a_shape_that_no_variant_is_for_is_refused_with_its_dimensions) {
@@ -274,9 +309,11 @@ TEST_F(Launch, an_error_of_the_driver_is_named_and_a_module_that_fails_is_not_ke
     expect_line("CUDA_ERROR_UNKNOWN");
     EXPECT_EQ(double_launches(), 0) << function;
   }
-  double_fail("cuLaunchKernel", 2);
-  EXPECT_EQ(call.launch(0, SCRATCH, 4096), WMK_FAILED);
-  expect_line("cuLaunchKernel");
+  for (const char* function : {"cuLaunchKernel", "cuLaunchKernelEx"}) {
+    double_fail(function, 1);
+    EXPECT_EQ(call.launch(0, SCRATCH, 4096), WMK_FAILED) << function;
+    expect_line(std::string(function) + " fails with CUDA_ERROR_UNKNOWN");
+  }
   EXPECT_EQ(call.launch(0, SCRATCH, 4096), WMK_OK) << wmk_last_error();
 }
 
