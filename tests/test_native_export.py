@@ -96,6 +96,15 @@ def test_a_kernel_for_another_architecture_is_refused_by_its_text_and_by_its_bin
 
 
 @needs_triton
+def test_a_kernel_that_starts_early_and_does_not_wait_is_refused(compiled):
+    good = compiled["good"]
+    early = replace(good.kernel, constants=(*good.kernel.constants, ("DEPENDENT", True)))
+    (found,) = faults_of(replace(good, kernel=early))
+    assert found.startswith("starts before the kernel ahead of it has ended and does not wait")
+    assert faults_of(replace(good, kernel=early, ptx=good.ptx + "griddepcontrol.wait;")) == []
+
+
+@needs_triton
 def test_scratch_of_a_profiler_is_refused(compiled):
     (found,) = faults_of(replace(compiled["good"], hidden={"global": 0, "profile": 128}))
     assert "128 bytes of hidden profile scratch" in found

@@ -49,6 +49,8 @@ def faults(compiled: Compiled, rows: Mapping[str, Rows]) -> Iterator[str]:
         yield f"needs {compiled.shared} bytes of shared memory, {limit} are there; choose smaller tiles or fewer stages"
     if compiled.warps * 32 > MOST_THREADS or compiled.cluster != 1:
         yield f"has {compiled.warps} warps in {compiled.cluster} programs at once, expected at most {MOST_THREADS // 32} in 1"
+    if kernel.dependent and "griddepcontrol.wait" not in compiled.ptx:
+        yield "starts before the kernel ahead of it has ended and does not wait for it; call wait_for_predecessor"
     yield from _wrong_target(compiled)
     if kernel.function[1] in rows and wide_reads_meant(kernel, rows[kernel.function[1]]) and not _WIDE_READS.search(compiled.ptx):
         yield f"reads less than {WIDE} bytes a thread; let strides be constants or divisible, and pointers aligned"

@@ -62,11 +62,12 @@ def plan(call: LinearCall, name: str = "") -> Plan:
     name = name or regime(call)
     chosen = values(call, name)
     constants = {"GATED": call.gated, "HAS_BIAS": call.has_bias, "HAS_STEP_BIAS": call.has_step_bias, "DEPENDENT": can_wait(call.arch)}
-    sizes = (call.M, call.K, *call.parts)
+    sizes: tuple[int, ...] = (call.M, call.K, *call.parts)
     tiles_n = blocks(sum(call.parts), chosen["BLOCK_N"])
     if name in ("row", "rows"):
-        constants |= {"ROWS": chosen["ROWS"], "BLOCK_N": chosen["BLOCK_N"], "BLOCK_K": min(power_of_two(call.K), chosen["BLOCK_K"])}
-        kernel, grid = few_rows_kernel, (tiles_n, blocks(call.M, chosen["ROWS"]))
+        constants |= {"K": call.K, "BLOCK_K": min(power_of_two(call.K), chosen["BLOCK_K"])}
+        constants |= {name: chosen[name] for name in ("ROWS", "BLOCK_N")}
+        kernel, grid, sizes = few_rows_kernel, (tiles_n, blocks(call.M, chosen["ROWS"])), (call.M, *call.parts)
     else:
         tile = {key: chosen[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")}
         constants |= tile | {"EVEN": call.K % chosen["BLOCK_K"] == 0}

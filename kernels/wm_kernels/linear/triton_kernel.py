@@ -11,8 +11,8 @@ from wm_kernels.triton_early import wait_for_predecessor
 
 @triton.jit(do_not_specialize=["M", "H"])
 def few_rows_kernel(
-    x_MK, weight_NK, bias_N, step_bias_H, a_MA, b_MB, c_MC, dt_MH, M, K, A, B, C, H,
-    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STEP_BIAS: tl.constexpr,
+    x_MK, weight_NK, bias_N, step_bias_H, a_MA, b_MB, c_MC, dt_MH, M, A, B, C, H,
+    K: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STEP_BIAS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of ROWS rows: every weight is read once, and before the kernel that makes x has ended."""
@@ -38,10 +38,10 @@ def few_rows_kernel(
 
 
 @triton.jit
-def _product(x_K, weight_NK, weight, read, k, K, BLOCK_K: tl.constexpr):
+def _product(x_K, weight_NK, weight, read, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """The products of a row with rows of weights, the first columns of which are at hand."""
     y = tl.sum(weight.to(tl.float32) * tl.load(x_K + k, mask=k < K, other=0).to(tl.float32)[None, :], 1)
-    for start in range(BLOCK_K, K, BLOCK_K):
+    for start in tl.static_range(BLOCK_K, K, BLOCK_K):
         at = start + k
         more = tl.load(weight_NK + read[:, None] * K + at[None, :], mask=(at < K)[None, :], other=0)
         y += tl.sum(more.to(tl.float32) * tl.load(x_K + at, mask=at < K, other=0).to(tl.float32)[None, :], 1)
