@@ -61,7 +61,12 @@ def plan(call: LinearCall, name: str = "") -> Plan:
     """One launch; stand-ins, never read, take the places of absent biases. Benchmarks name a regime that is not the call's own."""
     name = name or regime(call)
     chosen = values(call, name)
-    constants = {"GATED": call.gated, "HAS_BIAS": call.has_bias, "HAS_STEP_BIAS": call.has_step_bias, "DEPENDENT": can_wait(call.arch)}
+    constants: dict[str, Any] = {
+        "GATED": call.gated,
+        "HAS_BIAS": call.has_bias,
+        "HAS_STEP_BIAS": call.has_step_bias,
+        "DEPENDENT": can_wait(call.arch),
+    }
     sizes: tuple[int, ...] = (call.M, call.K, *call.parts)
     tiles_n = blocks(sum(call.parts), chosen["BLOCK_N"])
     if name in ("row", "rows"):
