@@ -3,8 +3,9 @@
 B rows, T tokens, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -26,9 +27,10 @@ from wm_graph.blocks import layer
 from wm_graph.config import ModelConfig
 from wm_graph.context import rms_norm
 from wm_graph.model import make_context
+from wm_graph.oracle import oracle_forward
 from wm_graph.params import Params, named_tensors, params_from_flat, params_to_flat
 from wm_graph.state import state_to_flat
-from wm_graph.tolerances import FLOAT64_MODEL, model_limit
+from wm_graph.tolerances import FLOAT64_MODEL, UNIT_ROUNDOFF, model_limit
 from wm_runtimes.snapshot import Array
 
 N = 60  # examples of a law
@@ -41,14 +43,34 @@ def expected(model: Drawn, rows: list[Array], dtype: torch.dtype = torch.float64
     return logits_BTV, margin_BT >= 1
 
 
-def check(got_BTV: Tensor, want_BTV: Array | Tensor, clear_BT: Array, limit: float) -> None:
-    """Assert equal logits wherever choices are clear; an example in which none is, is no example."""
+def worst_move(model: Drawn, rows: list[Array], want_BTV: Array, clear_BT: Array) -> float:
+    """How far a clear logit of the oracle's moves where each weight moves by a rounding of float32."""
+    noise = UNIT_ROUNDOFF["float32"]
+    moved_BTV, _ = oracle_forward(model.cfg, model.params(torch.float64), as_tokens(rows), noise=noise)
+    return float(np.abs(moved_BTV.numpy() - want_BTV)[clear_BT & counts(rows)].max())
+
+
+def check(got_BTV: Tensor, want_BTV: Array | Tensor, clear_BT: Array, limit: float, move: Callable[[], float] | None = None) -> None:
+    """Assert equal logits wherever choices are clear; an example in which none is, is no example.
+
+    `move` tells how far the oracle moves; float32 may be off by more than the limit where that is much, as parity has it.
+    """
     want = torch.as_tensor(want_BTV).double()
     assert got_BTV.shape == want.shape
     assume(clear_BT.any())
     note_compared(int(clear_BT.sum()))
     error_BT = (got_BTV.double() - want).abs().amax(-1)[torch.from_numpy(clear_BT)]
-    assert not (~(error_BT <= limit * max(1.0, float(want.square().mean().sqrt())))).any(), f"off by {float(error_BT.max()):.3g}"
+    scale = float(want.square().mean().sqrt())
+    allowed = limit * max(1.0, scale)
+    if move is not None and not (error_BT <= allowed).all():
+        allowed = model_limit("float32", "eager").max_abs_at(scale, move())
+    assert (error_BT <= allowed).all(), f"off by {float(error_BT.max()):.3g}, {allowed:.3g} allowed"
+
+
+def check_rows(model: Drawn, rows: list[Array], got_BTV: Tensor, want_BTV: Array, clear_BT: Array, dtype: torch.dtype) -> None:
+    """`check` of rows whose padding gives 0."""
+    move = partial(worst_move, model, rows, want_BTV, clear_BT) if dtype == torch.float32 else None
+    check(got_BTV, np.where(counts(rows)[..., None], want_BTV, 0), clear_BT, LIMITS[dtype], move)
 
 
 def counts(rows: list[Array]) -> Array:
@@ -87,14 +109,23 @@ def in_pieces(
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @law(2 * N, "model")
 @given(model=models(), split=splits(2, 70, 1), garbage=SEEDS)
+# Of a token that nearly cancels: the oracle's own logits move by 7.6e-5 when weights move by a rounding, eager's are off by 1.1e-4.
+@example(
+    drawn(
+        "inner_function_attention+none ssd+moe ssd+moe", seed=2780, attention_rope=False, d_ff=1, d_model=8, ifa_mask="static_hard",
+        ifa_pick=3, learned_residual=True, moe_form="shared_expert_isolated", n_pick=1, ssd_group=2, ssd_head=4, ssd_head_dim=4,
+        ssd_rope=False, ssd_state=5,
+    ),
+    (Texts(607, (63, 1), 0), (23,)),
+    0,
+)  # fmt: skip
 def test_any_split_of_padded_rows_equals_the_oracle(dtype: torch.dtype, model: Drawn, split: Split, garbage: int) -> None:
     text, edges = split
     rows = text.rows(model.cfg.vocab_size)
     want_BTV, clear_BT = expected(model, rows, dtype)
     got_BTV, state = in_pieces(model.cfg, model.params(dtype), rows, edges, garbage)
     assert state.position.tolist() == [len(row) for row in rows]
-    want_BTV = np.where(counts(rows)[..., None], want_BTV, 0)
-    check(got_BTV, want_BTV, clear_BT, LIMITS[dtype])
+    check_rows(model, rows, got_BTV, want_BTV, clear_BT, dtype)
 
 
 @law(N, "model")
@@ -202,7 +233,7 @@ def test_a_text_may_start_at_any_position_of_a_state_without_cells(model: Drawn,
         with torch.no_grad():
             part_BTV, state = forward(cfg, params, as_tokens([row[begin:end] for row in rows]), state)
         parts.append(part_BTV)
-    check(torch.cat(parts, 1), want_BTV, clear_BT, LIMITS[dtype])
+    check_rows(model, rows, torch.cat(parts, 1), want_BTV, clear_BT, dtype)
 
 
 # Parts of a model that equal others
@@ -356,7 +387,7 @@ def check_program(model: Drawn, rows: list[Array], edges: tuple[int, ...], room:
         for row, piece in enumerate(pieces):
             got_BTV[row, start : start + len(piece)] = part_BTV[row, : len(piece)]
     assert leaves["position"].tolist() == [len(row) for row in rows]
-    check(got_BTV, np.where(counts(rows)[..., None], want_BTV, 0), clear_BT, LIMITS[torch.float32])
+    check_rows(model, rows, got_BTV, want_BTV, clear_BT, torch.float32)
 
 
 @law(2 * N, "model")
