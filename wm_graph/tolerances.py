@@ -143,7 +143,7 @@ _OPS: dict[str, tuple[float, float, str]] = {
     "causal_conv1d": (8, 2, "a sum over the taps in float32, one sigmoid"),
     "gated_rms_norm": (8, 4, "one sigmoid, a sum of squares over the width, one root"),
     "selective_scan": (16, 2, "sums over tokens and state in float32; one exp per token and state"),
-    "linear": (16, 6, "a sum over the inputs; the gate multiplies two numbers that are rounded to the dtype before"),
+    "linear": (20, 4, "a sum over the inputs; a gate multiplies two such sums, each rounded to the dtype before"),
 }
 # runtime: factor on the ulps of _OPS, R, share of differing choices of an op that chooses, reason
 _RUNTIMES: dict[str, tuple[float, float, float, str]] = {
