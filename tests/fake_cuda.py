@@ -15,7 +15,7 @@ from wm_kernels.triton_launch import Plan
 
 PLANNED = (
     "residual_rms_norm", "gated_rms_norm", "rope", "causal_conv1d", "router_topk", "product_key_topk", "expert_mix", "moe_mix",
-    "selective_scan", "ssd_scan", "attention", "attention_rope", "keep_window_attention",
+    "selective_scan", "ssd_scan", "attention", "attention_rope", "keep_window_attention", "linear",
 )  # fmt: skip
 
 

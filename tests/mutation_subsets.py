@@ -24,6 +24,7 @@ SUBSETS: dict[str, tuple[str, str]] = {
         f"{_OPS} test_laws_attention.py {_REGISTRATION}",
         "(window or keep or slots) and not compiled and not (fake_kernel and not form3)",
     ),
+    "linear": (f"test_laws_ops.py test_laws_linear.py {_REGISTRATION}", "linear and not 64_lengths"),
     "moe_mix": (
         f"test_laws_ops.py test_laws_experts.py test_moe.py {_REGISTRATION}",
         "(moe or mix) and not exported and not compiled and not jamba and not qwen",

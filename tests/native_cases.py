@@ -40,6 +40,13 @@ CONFIGURATIONS: dict[str, list[tuple[dict[str, int], dict[str, Any], tuple[str, 
         ({"k": 2, "D": 1024, "E": 8, "I": 512, "F": 1024}, {"activation": "silu", "gated": True}, ("in_bias_EF", "out_bias_ED")),
         ({"k": 3, "D": 24, "E": 4, "I": 40, "F": 40}, {"activation": "none", "gated": False}, ()),
     ],
+    "linear": [
+        ({"K": 1024, "N": 3080}, {"A": 1024, "B": 1024, "C": 1024, "H": 8, "gated": False}, ("bias_N",)),
+        ({"K": 1024, "N": 8192}, {"A": 4096, "B": 0, "C": 0, "H": 0, "gated": True}, ("bias_N", "step_bias_H")),
+        ({"K": 4096, "N": 1024}, {"A": 1024, "B": 0, "C": 0, "H": 0, "gated": False}, ("bias_N", "step_bias_H")),
+        ({"K": 40, "N": 77}, {"A": 20, "B": 0, "C": 50, "H": 7, "gated": False}, ()),
+        ({"K": 72, "N": 90}, {"A": 45, "B": 0, "C": 0, "H": 0, "gated": True}, ("step_bias_H",)),
+    ],
     "selective_scan": [({"C": 2048, "N": 16}, {}, ()), ({"C": 48, "N": 5}, {}, ("valid_B",))],
     "ssd_scan": [({**SCAN, "H": 32, "G": 1, "N": 128}, {}, ()), ({"H": 3, "P": 20, "G": 1, "N": 12}, {}, ("valid_B",))],
     "ssd_scan_rope": [({**SCAN, "F": 32}, {}, ()), ({"H": 4, "P": 16, "G": 2, "N": 16, "F": 8}, {}, ())],
@@ -135,6 +142,11 @@ def eager_call(use: Use, given: dict[str, torch.Tensor], in_place: bool) -> list
 
             call = moe_mix_picks if given["expert_Mk"].numel() <= given["in_EFD"].shape[0] else moe_mix_tiles
             return [call(*map(get, declaration("moe_mix").inputs), plain["activation"], plain["gated"])]
+        case "linear":
+            from wm_kernels.linear.triton_op import linear_triton
+
+            A, B, C, H, gated = plain.values()
+            return list(linear_triton(*map(get, declaration("linear").inputs), (A, B, C, H), gated))
         case "selective_scan":
             from wm_kernels.selective_scan.triton_op import selective_scan_triton
 

@@ -23,8 +23,8 @@ SIZES = (
     {"B": 1, "T": 600, "M": 2049, "S": 1024},
     {"B": 2, "T": 2500, "M": 4096, "S": 4096},
 )
-HALF = ("residual_rms_norm", "causal_conv1d", "moe_mix", "ssd_scan_rope", "attention_rope")  # also in float16
-SINGLE = ("rope", "rope_angles", "router_topk", "expert_mix", "selective_scan")  # also in float32
+HALF = ("residual_rms_norm", "causal_conv1d", "moe_mix", "ssd_scan_rope", "attention_rope", "linear")  # also in float16
+SINGLE = ("rope", "rope_angles", "router_topk", "expert_mix", "selective_scan", "linear")  # also in float32
 CASES = [
     *((op, index, torch.bfloat16) for op, every in CONFIGURATIONS.items() for index in range(len(every))),
     *((op, 0, torch.float16) for op in HALF),
@@ -92,6 +92,8 @@ def _drawn(name: str, shape: tuple[int, ...], every: Mapping[str, int], position
             slot_W = torch.arange(shape[-1], device=draw.device)
             return torch.where(slot_W < position_B[:, None, None], slot_W, -1).expand(shape).contiguous()
     assert normal is not None
+    if name == "weight_NK":
+        return normal * shape[-1] ** -0.5
     match name.rsplit("_", 1)[0]:
         case "dt":
             return torch.nn.functional.softplus(normal)

@@ -352,6 +352,28 @@ def moe_case(
     return Case("moe_mix", arguments, attributes, {"activation": activation, "gated": gated}, half=half)
 
 
+def linear_case(
+    B: int,
+    T: int,
+    seed: int = 0,
+    half: bool = False,
+    parts: tuple[int, int, int, int] = (6, 5, 4, 0),
+    gated: bool = False,
+    bias: bool = False,
+    step_bias: bool = False,
+) -> Case:
+    rng = np.random.default_rng(seed)
+    K, outputs = 40, sum(parts) * (2 if gated else 1)
+    arguments = {
+        "x_MK": normal(rng, B * T, K),
+        "weight_NK": normal(rng, outputs, K) / np.float32(K**0.5),
+        "bias_N": normal(rng, outputs) if bias else None,
+        "step_bias_H": normal(rng, parts[3]) if step_bias else None,
+    }
+    plain = dict(zip("ABCH", parts, strict=True)) | {"gated": gated}
+    return Case("linear", arguments, plain | {"gated": int(gated)}, plain, half)
+
+
 CASES: dict[str, Callable[..., Case]] = {
     "rope_angles": rope_angles_case,
     "rope_angles_linear": lambda B, T, **more: rope_angles_case(B, T, scaling="linear", factor=3.7, **more),
@@ -399,6 +421,13 @@ CASES: dict[str, Callable[..., Case]] = {
     "causal_conv1d_in_blocks_plain": lambda B, T, **more: conv_case(B, T, C=16, L=3, bias=False, activation="none", **more),
     "causal_conv1d_plain": lambda B, T, **more: conv_case(B, T, L=2, bias=False, activation="none", **more),
     "gated_rms_norm": gated_rms_norm_case,
+    "linear": linear_case,
+    "linear_with_steps": lambda B, T, **more: linear_case(B, T, parts=(6, 5, 4, 3), step_bias=True, **more),
+    "linear_steps_without_a_bias_of_theirs": lambda B, T, **more: linear_case(B, T, parts=(6, 0, 4, 3), bias=True, **more),
+    "linear_steps_alone": lambda B, T, **more: linear_case(B, T, parts=(0, 0, 0, 9), step_bias=True, **more),
+    "linear_whole": lambda B, T, **more: linear_case(B, T, parts=(11, 0, 0, 0), bias=True, **more),
+    "linear_gated": lambda B, T, **more: linear_case(B, T, parts=(7, 0, 0, 0), gated=True, **more),
+    "linear_gated_biased": lambda B, T, **more: linear_case(B, T, parts=(7, 0, 0, 0), gated=True, bias=True, **more),
     "selective_scan": selective_case,
     "selective_scan_one_state": lambda B, T, **more: selective_case(B, T, C=7, N=1, **more),
 }

@@ -16,7 +16,7 @@ from torch import Tensor
 import oracles
 import wm_kernels as wm
 from hypothesis_profiles import note_compared
-from wm_graph.tolerances import FLOAT64_OP, op_limit
+from wm_graph.tolerances import FLOAT64_OP, output_limit
 
 _CACHE = ("cache_k_BKSP", "cache_v_BKSP")
 _SLOTS = ("slot_k_BKWP", "slot_v_BKWP", "slot_score_BKW", "slot_position_BKW")
@@ -38,6 +38,7 @@ OUTPUTS: dict[str, tuple[str, ...]] = {
     "causal_conv1d": ("y_BTC", "state_BYC"),
     "gated_rms_norm": ("out_MC",),
     "selective_scan": ("y_BTC", "state_BCN"),
+    "linear": ("a_MA", "b_MB", "c_MC", "dt_MH"),
 }
 OPS = tuple(OUTPUTS)
 STATEFUL = tuple(op for op in OPS if {"state", "cache", "slot"} & {name.split("_")[0] for name in OUTPUTS[op]})
@@ -266,7 +267,7 @@ def near(call: Call, found: Named, expected: Named, scale: Mapping[str, float], 
             continue
         a, b = other.double(), value.double()
         # Below its normal numbers a dtype is no longer exact to a fraction.
-        allowed = limit_of(call.op, other.dtype, runtime) * scale[name] + 2 * torch.finfo(other.dtype).smallest_normal
+        allowed = limit_of(call, other.dtype, runtime) * scale[name] + 2 * torch.finfo(other.dtype).smallest_normal
         assert ((a == b) | ((a - b).abs() <= allowed)).all(), _difference(call, name, a, b, allowed, what)
 
 
@@ -291,9 +292,12 @@ def judged(call: Call, outputs: Named) -> Named:
     return found
 
 
-def limit_of(op: str, dtype: torch.dtype, runtime: str = "eager") -> float:
-    """The largest error of the op as a fraction of its output's scale."""
-    return FLOAT64_OP if dtype == torch.float64 else op_limit(op, str(dtype).removeprefix("torch."), runtime).relative
+def limit_of(call: Call, dtype: torch.dtype, runtime: str = "eager") -> float:
+    """The largest error of an output of this dtype, as a fraction of its scale."""
+    if dtype == torch.float64:
+        return FLOAT64_OP
+    inputs = next(value.dtype for value in call.tensors.values() if value is not None)
+    return output_limit(call.op, *(str(kind).removeprefix("torch.") for kind in (inputs, dtype)), runtime).relative
 
 
 def from_oracle(call: Call) -> Named:

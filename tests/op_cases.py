@@ -5,6 +5,7 @@ SsdCase(seed=3, B=1, T=65, ...).call().run()
 
 B rows   T tokens   M rows of a flat op   H heads   K kv heads   G groups   P head dim   N state   F rotated pairs   C channels   L taps
 S cache capacity   W slots   A score heads   R retrieval heads   J sub-keys   E experts   k picks   D model   I inner width
+A, B, C, H widths of the parts of a linear layer of K inputs, with which alone they mean that
 """
 
 from dataclasses import dataclass
@@ -296,6 +297,32 @@ class GatedCase:
         v = Values(self.seed)
         y, z = v.tokens(self.pattern, self.M, self.C, axis=0, magnitude=self.magnitude), v.tokens("normal", self.M, self.C, axis=0)
         return Call("gated_rms_norm", {"y_MC": y, "z_MC": 2 * z, "weight_C": v.normal(self.C)}, {"eps": self.eps}, {"eps": self.eps})
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """`linear` of K inputs, in parts of widths A, B, C and H step sizes; or A gated outputs."""
+
+    seed: int
+    M: int
+    K: int
+    parts: tuple[int, int, int, int]
+    gated: bool
+    bias: bool
+    step_bias: bool
+    pattern: str
+    magnitude: int
+
+    def call(self) -> Call:
+        v, outputs = Values(self.seed), sum(self.parts) * (2 if self.gated else 1)
+        tensors: dict[str, Tensor | None] = {
+            "x_MK": v.tokens(self.pattern, self.M, self.K, axis=0, magnitude=self.magnitude),
+            "weight_NK": v.normal(outputs, self.K),
+            "bias_N": v.normal(outputs) if self.bias else None,
+            "step_bias_H": v.normal(self.parts[3]) if self.step_bias else None,
+        }
+        plain = dict(zip("ABCH", self.parts, strict=True)) | {"gated": self.gated}
+        return Call("linear", tensors, plain, plain | {"gated": int(self.gated)})
 
 
 @dataclass(frozen=True)

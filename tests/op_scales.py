@@ -125,6 +125,16 @@ def _gated(call: Call) -> tuple[float, ...]:
     return (largest(*call.run().values()) * (1 + largest(call.given("z_MC")) / 8),)
 
 
+def _linear(call: Call) -> tuple[float, ...]:
+    """Of the parts before any function of them: the slopes of softplus and, nearly, of SiLU are 1 at most."""
+    terms = _absolute(call)
+    y_MN = terms.given("x_MK") @ terms.given("weight_NK").mT + (terms.given("bias_N") if terms.has("bias_N") else 0)
+    if call.plain["gated"]:
+        return largest(torch.prod(torch.stack(y_MN.chunk(2, -1)), 0)), 0.0, 0.0, 0.0
+    *parts, dt_MH = y_MN.split([call.plain[name] for name in "ABCH"], -1)
+    return (*(largest(part) for part in parts), 1 + largest(dt_MH + (call.given("step_bias_H").abs() if call.has("step_bias_H") else 0)))
+
+
 _OF_OP = {
     "rope": lambda call: (2 * largest(call.given("x_BTHP")),),
     "residual_rms_norm": _residual,
@@ -141,6 +151,7 @@ _OF_OP = {
     "causal_conv1d": _conv,
     "gated_rms_norm": _gated,
     "selective_scan": _scan,
+    "linear": _linear,
     # Angles are rounded at u of themselves in float64, which float32 does not show.
     "rope_angles": lambda call: (1 + call.plain["double"] * largest(call.given("position_BT").double()) / 1000,) * 2,
 }

@@ -16,6 +16,7 @@ from op_cases import (
     ConvCase,
     ExpertMixCase,
     GatedCase,
+    LinearCase,
     MoeCase,
     ProductKeyCase,
     ResidualCase,
@@ -147,6 +148,19 @@ def gated_cases(draw: Any) -> GatedCase:
     return GatedCase(draw(seeds), draw(st.sampled_from(SHORT)), draw(st.sampled_from((1, 5, 24))), *fields)
 
 
+_PARTS = (((5, 3, 4, 2), True), ((6, 0, 0, 0), False), ((0, 0, 0, 3), True), ((4, 0, 7, 1), False), ((1, 1, 0, 0), False))
+
+
+@st.composite
+def linear_cases(draw: Any, gated: bool | None = None) -> LinearCase:
+    """Parts, with step sizes and without, all of them or some; or a gate."""
+    gate = draw(st.booleans()) if gated is None else gated
+    parts, step_bias = ((draw(st.sampled_from((4, 1, 7))), 0, 0, 0), False) if gate else draw(st.sampled_from(_PARTS))
+    K, bias = draw(st.sampled_from(((9, False), (1, True), (16, True), (70, False))))
+    fields = parts, gate, bias, step_bias, draw(patterns), draw(magnitudes)
+    return LinearCase(draw(seeds), draw(st.sampled_from(SHORT)), K, *fields)
+
+
 @st.composite
 def product_key_cases(draw: Any, pattern: str | None = None) -> ProductKeyCase:
     R, J, width, k = draw(st.sampled_from(((1, 1, 1, 1), (2, 3, 2, 3), (1, 4, 3, 2), (2, 9, 6, 4), (1, 6, 2, 6))))
@@ -197,6 +211,7 @@ CASES: dict[str, st.SearchStrategy[Any]] = {
     "causal_conv1d": conv_cases(),
     "gated_rms_norm": gated_cases(),
     "selective_scan": selective_cases(),
+    "linear": linear_cases(),
 }
 NEAR = (1, 2, 3, 5, 11, CHUNK - 1, CHUNK, CHUNK + 1, CHUNK + 2)  # places to cut a prompt before
 

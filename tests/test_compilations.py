@@ -40,6 +40,8 @@ CASES = {
     "expert_mix": ({"R": 4, "k": 8, "D": 2048, "E": 16384}, MIX, ()),
     "expert_mix of few experts": ({"R": 4, "k": 16, "D": 2048, "E": 1024}, MIX, ()),
     "moe_mix": MOE,
+    "linear": ({"K": 1024, "N": 3080}, {"A": 1024, "B": 1024, "C": 1024, "H": 8, "gated": False}, ("bias_N",)),
+    "linear gated": ({"K": 1024, "N": 8192}, {"A": 4096, "B": 0, "C": 0, "H": 0, "gated": True}, ("step_bias_H",)),
     "selective_scan": ({"C": 2048, "N": 16}, {}, ()),
     "selective_scan from zero": ({"C": 2048, "N": 16}, {}, ("state_BCN",)),
     "ssd_scan": (SCAN, {}, ()),
@@ -96,14 +98,17 @@ SMALL = {
     "H": 4, "K": 2, "P": 8, "G": 2, "N": 6, "A": 2, "W": 7, "S": 200, "D": 16, "E": 9, "I": 5, "F": 3, "R": 2, "J": 8, "d": 4, "L": 3,
     "Y": 2, "C": 12, "k": 2,
 }  # fmt: skip
-SMALLER = {"moe_mix": {"F": 10}, "attention_rope": {"C": 64}}
-ARGUMENTS = {"attention_rope": {"n_head": 4, "n_kv_head": 2, "head_dim": 8}, "product_key_topk": {"k": 3}, "router_topk": {"k": 3}}
+SMALLER = {"linear": {"K": 8, "N": 12}, "moe_mix": {"F": 10}, "attention_rope": {"C": 64}}
+ARGUMENTS = {
+    "attention_rope": {"n_head": 4, "n_kv_head": 2, "head_dim": 8}, "product_key_topk": {"k": 3}, "router_topk": {"k": 3},
+    "linear": {"A": 6, "B": 3, "C": 2, "H": 1}, "linear gated": {"A": 6},
+}  # fmt: skip
 
 
 def small_call(name, T):
     """Arguments on the CPU."""
     op, (_, plain, absent) = name.split()[0], CASES[name]
-    plain = plain | ARGUMENTS.get(op, {}) | ({"window": 7} if "window" in plain else {})
+    plain = plain | ARGUMENTS.get(name, ARGUMENTS.get(op, {})) | ({"window": 7} if "window" in plain else {})
     sizes = {**SMALL, **SMALLER.get(op, {}), **plain, "B": 2, "T": T, "M": T}
     given = values_of(use_with(op, torch.float32, sizes, plain, absent), sizes, T, "cpu") | plain
     return tuple(given.get(argument.name) for argument in getattr(torch.ops.wm, op).default._schema.arguments)

@@ -16,7 +16,7 @@ from op_calls import OUTPUTS, STATEFUL, Call, by_token, differ, from_oracle, jud
 from op_scales import rounded, scales
 from strategies_ops import CASES, DTYPES, LAYOUTS, another, cut_cases, laid_out, longest, shuffles
 
-FLAT = ("residual_rms_norm", "gated_rms_norm", "router_topk", "moe_mix")
+FLAT = ("residual_rms_norm", "gated_rms_norm", "router_topk", "moe_mix", "linear")
 TOKENWISE = ("rope", "product_key_topk", "expert_mix")
 
 

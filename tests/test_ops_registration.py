@@ -100,6 +100,12 @@ def moe_call(gated, dtype=torch.float32, M=5):
     return x, expert, weight, tables[0], biases[0], tables[1], biases[1], "silu" if gated else "gelu", gated
 
 
+def linear_call(parts, dtype=torch.float32, M=5, gated=False, bias=True):
+    N, H = sum(parts) * (2 if gated else 1), parts[3]
+    biases = normal(N, dtype=dtype) if bias else None, normal(H, dtype=dtype) + 0.1 if H else None
+    return normal(M, 8, dtype=dtype), normal(N, 8, dtype=dtype), *biases, *parts, gated
+
+
 def plain_calls(dtype=torch.float32, T=T):
     cos, sin = wm.rope_angles(torch.arange(T).repeat(B, 1), F, 100.0, dtype == D)
     x, weight = normal(T + 2, 8, dtype=dtype), normal(8, dtype=dtype)
@@ -118,6 +124,9 @@ def plain_calls(dtype=torch.float32, T=T):
         "router normalized": (wm.router_topk, (x, 3, True)),
         "moe": (wm.moe_mix, moe_call(False, dtype, T + 2)),
         "moe gated": (wm.moe_mix, moe_call(True, dtype, T + 2)),
+        "linear": (wm.linear, linear_call((4, 3, 2, 0), dtype, T + 2, bias=False)),
+        "linear steps": (wm.linear, linear_call((4, 0, 2, 3), dtype, T + 2)),
+        "linear gated": (wm.linear, linear_call((4, 0, 0, 0), dtype, T + 2, gated=True)),
     }
 
 
@@ -371,6 +380,42 @@ WRONG = {
     "moe activation": (
         lambda: wm.moe_mix(*moe_call(True)[:-2], "relu", True),
         "wm::moe_mix: activation is 'relu', expected one of silu, gelu",
+    ),
+    "linear inputs": (
+        lambda: wm.linear(normal(5, 7), *linear_call((4, 3, 2, 3))[1:]),
+        "wm::linear: weight_NK has shape (12, 8), expected (N=12, K=7)",
+    ),
+    "linear bias": (
+        lambda: wm.linear(normal(5, 8), normal(12, 8), normal(11), *linear_call((4, 3, 2, 3))[3:]),
+        "wm::linear: bias_N has shape (11), expected (N=12)",
+    ),
+    "linear dtype": (
+        lambda: wm.linear(normal(5, 8), normal(12, 8, dtype=D), *linear_call((4, 3, 2, 3))[2:]),
+        "wm::linear: weight_NK is torch.float64, expected torch.float32",
+    ),
+    "linear step bias dtype": (
+        lambda: wm.linear(*linear_call((4, 3, 2, 3))[:3], normal(3, dtype=D), 4, 3, 2, 3, False),
+        "wm::linear: step_bias_H is torch.float64, expected torch.float32",
+    ),
+    "linear width below nothing": (
+        lambda: wm.linear(*linear_call((4, 3, 2, 3))[:4], 10, -1, 0, 3, False),
+        "wm::linear: widths are A 10, B -1, C 0, H 3, expected none below 0",
+    ),
+    "linear gated parts": (
+        lambda: wm.linear(*linear_call((4, 3, 2, 3))[:3], None, 4, 2, 0, 0, True),
+        "wm::linear: widths are A 4, B 2, C 0, H 0, expected A alone where it is gated",
+    ),
+    "linear outputs": (
+        lambda: wm.linear(*linear_call((4, 3, 2, 3))[:4], 4, 3, 3, 3, False),
+        "wm::linear: widths are A 4, B 3, C 3, H 3, of 13 outputs, expected N = 12",
+    ),
+    "linear gated outputs": (
+        lambda: wm.linear(*linear_call((4, 3, 2, 3))[:3], None, 12, 0, 0, 0, True),
+        "wm::linear: widths are A 12, B 0, C 0, H 0, of 24 outputs, expected N = 12",
+    ),
+    "linear step bias": (
+        lambda: wm.linear(*linear_call((4, 3, 2, 3))[:3], normal(2), 4, 3, 2, 3, False),
+        "wm::linear: step_bias_H has 2 entries, expected H = 3",
     ),
     "angles": (lambda: wm.rope_angles(torch.zeros(1, 1), 2, 10.0), "wm::rope_angles: position_BT is torch.float32, expected torch.int64"),
 }

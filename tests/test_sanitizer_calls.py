@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is n
 
 WITH_REGIME = (
     "residual_rms_norm", "gated_rms_norm", "rope", "causal_conv1d", "router_topk", "product_key_topk", "expert_mix", "selective_scan",
-    "ssd_scan", "attention", "keep_window_attention",
+    "ssd_scan", "attention", "keep_window_attention", "linear",
 )  # fmt: skip
 BY_CONFIGURATION = ("moe_mix", "expert_mix")  # whose plans name the regime where they look up its configuration
 TELLING = ("START", "PART", "FINISH", "APART", "SCORING")  # constants by which one kernel does different work

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from onnx_cases import CASES, Case, letters
-from wm_graph.tolerances import FLOOR_ULPS, OP_LIMITS, UNIT_ROUNDOFF, OpLimit, model_limit, op_limit
+from wm_graph.tolerances import FLOOR_ULPS, OP_LIMITS, UNIT_ROUNDOFF, OpLimit, model_limit, op_limit, output_limit
 from wm_runtimes import availability
 
 CALLS = ((3, 65), (2, 1), (1, 130), (4, 7))
@@ -169,7 +169,7 @@ def test_op_is_within_its_limits(limit: OpLimit) -> None:
     assert measured.pools
     for (name, kind), pool in measured.pools.items():
         # A state is float32 in any model: rounding it to the model's dtype must not pass.
-        own = limit if kind == "T" else op_limit(limit.op, "float32", limit.runtime)
+        own = output_limit(limit.op, limit.dtype, limit.dtype if kind == "T" else "float32", limit.runtime)
         assert pool.worst <= own.relative, name
         assert pool.R(UNIT_ROUNDOFF[own.dtype]) <= own.R * (1 + 1e-9), name
     assert measured.differing <= limit.choice_rate * measured.choices

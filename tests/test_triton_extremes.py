@@ -10,6 +10,7 @@ from triton_support import DEVICE, ON_CUDA, check, needs_triton, random, wide  #
 from wm_kernels.causal_conv1d.definition import causal_conv1d_reference
 from wm_kernels.expert_mix.definition import expert_mix_reference
 from wm_kernels.gated_rms_norm.definition import gated_rms_norm_reference
+from wm_kernels.linear.definition import linear_reference
 from wm_kernels.moe_mix.definition import moe_mix_reference
 from wm_kernels.product_key_topk.definition import product_key_topk_reference
 from wm_kernels.residual_rms_norm.definition import residual_rms_norm_reference
@@ -84,6 +85,24 @@ def test_rows_whose_products_float16_cannot_hold():
         alike("causal_conv1d", y, expected_y)
 
 
+@pytest.mark.parametrize("M", [1, 2, 5, 40])
+def test_linear_layers_whose_outputs_float16_cannot_hold(M):
+    from wm_kernels.linear.triton_op import linear_triton
+
+    g, parts = generator(), (20, 0, 9, 11)
+    x, weight = 300 * random(g, M, 32).to(F16), (300 * random(g, 40, 32)).to(F16)
+    got, expected = linear_triton(x, weight, None, None, parts, False), linear_reference(x, weight, None, None, *parts, False)
+    assert got[0].isinf().any()
+    assert got[3].isinf().any()  # a step is made of what a layer leaves in float16
+    assert got[3].isfinite().any()
+    for actual, truth in zip(got, expected, strict=True):
+        alike("linear", actual, truth)
+    # The reference rounds before it gates, and has NaN where a gate is -inf; the kernel rounds once.
+    gated = linear_triton(x, weight, None, None, (20, 0, 0, 0), True)[0]
+    alike("linear", gated, linear_reference(*wide((x, weight, None, None)), 20, 0, 0, 0, True)[0].to(F16))
+    assert gated.isinf().any()
+
+
 needs_memory = pytest.mark.skipif(not ON_CUDA, reason="more than 2^31 elements need a GPU's memory")
 TAIL = slice(-200, None)
 
@@ -125,6 +144,41 @@ def test_more_rows_than_an_axis_of_the_grid_has_programs():
         x, taps = large(B, T, 16), large(16, 4)
         y, _ = causal_conv1d_triton(x, taps, None, None, None, "silu")
         check("causal_conv1d", BF16, y, causal_conv1d_reference(*wide((x, taps, None, None, None)), "silu")[0])
+
+
+@needs_memory
+@pytest.mark.parametrize(
+    ("M", "K", "parts", "gated"),
+    [
+        (600_000, 4096, (64, 0, 32, 8), False), (80_000, 64, (30_000, 8, 0, 8), False), (90_000, 64, (25_000, 0, 0, 0), True),
+        (1, 4096, (600_000, 0, 0, 8), False), (4, 4096, (300_000, 0, 0, 0), True), (40, 4096, (300_000, 0, 0, 0), True),
+        (400, 4096, (600_000, 0, 0, 0), False),
+    ],
+)  # fmt: skip
+def test_linear_layers_of_more_than_two_to_the_31_entries(M, K, parts, gated):
+    """Of the input, of an output, of the weight, the second half of which is a gate's other factor."""
+    from wm_kernels.linear.triton_op import linear_triton
+
+    N = sum(parts) * (2 if gated else 1)
+    x, weight = large(M, K), large(N, K, scale=K**-0.5)
+    assert max(M * K, M * N, N * K) > 2**31
+    some = slice(-64, None)  # of the rows, and of every part's outputs
+    halves = weight.view(2, -1, K)[:, some].flatten(0, 1) if gated else torch.cat([part[some] for part in weight.split(list(parts))])
+    few = tuple(min(width, 64) for width in parts)
+    found = linear_triton(x, weight, None, None, parts, gated)
+    for actual, truth in zip(found, linear_reference(*wide((x[some], halves, None, None)), *few, gated), strict=True):
+        check("linear", BF16, actual[some, some], truth)
+
+
+@needs_memory
+def test_exact_rows_that_are_more_than_an_axis_of_the_grid_has_programs():
+    from wm_kernels.linear.triton_op import linear_triton
+    from wm_kernels.numerics import numerics
+
+    x, weight = large(70_000, 64), large(24, 64, scale=0.125)
+    with numerics("exact"):
+        y = linear_triton(x, weight, None, None, (24, 0, 0, 0), False)[0]
+    check("linear", BF16, y, (x.double() @ weight.double().mT))
 
 
 @needs_memory

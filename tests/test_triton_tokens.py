@@ -60,6 +60,23 @@ def test_norms(dtype):
         same_bits_in_pieces(gate(0, T), gate)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_layers(dtype, gated):
+    from wm_kernels.linear.triton_op import linear_triton
+
+    g, parts = generator(), (40, 0, 0, 0) if gated else (30, 0, 45, 5)
+    for width in WIDTHS:
+        x, weight, bias = random(g, T, width, dtype=dtype), random(g, 80, width, dtype=dtype), random(g, 80, dtype=dtype)
+        step_bias = None if gated else random(g, 5, dtype=dtype)
+
+        def layer(a, b, given=(x, weight, bias, step_bias)):
+            x, *rest = given
+            return linear_triton(x[a:b], *rest, parts, gated)
+
+        same_bits_in_pieces(layer(0, T), layer)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_convolution(dtype):
     from wm_kernels.causal_conv1d.triton_op import causal_conv1d_triton

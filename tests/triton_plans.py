@@ -170,9 +170,18 @@ def moe_mix(dtype: torch.dtype, arch: str) -> Plans:
         yield tiles_plan(M, 2, 8, 2048, 512, dtype, True, (True, True), "silu", 2048, *strides, arch), names
 
 
+def linear(dtype: torch.dtype, arch: str) -> Plans:
+    from wm_kernels.linear.plan import LinearCall, plan
+
+    names = dict.fromkeys(("x_MK", "weight_NK", "bias_N", "step_bias_H", "a_MA", "b_MB", "c_MC"), dtype) | {"dt_MH": F32}
+    mixer, gate, out = (1024, (1024, 1024, 1024, 8), False), (1024, (4096, 0, 0, 0), True), (4096, (1024, 0, 0, 0), False)
+    for M, (K, parts, gated) in product((1, 4, 64, 4096), (mixer, gate, out)):
+        yield plan(LinearCall(arch, dtype, M, K, parts, gated, not gated, parts[3] > 0)), names
+
+
 FUNCTIONS = (
     residual_rms_norm, gated_rms_norm, causal_conv1d, rope, rope_angles, selective_scan, ssd_scan, ssd_scan_rope, attention,
-    attention_rope, keep_window_attention, product_key_topk, router_topk, expert_mix, moe_mix,
+    attention_rope, keep_window_attention, product_key_topk, router_topk, expert_mix, moe_mix, linear,
 )  # fmt: skip
 OPS = {function.__name__: function for function in FUNCTIONS}
 

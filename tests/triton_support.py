@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wm_graph.tolerances import UNIT_ROUNDOFF, op_limit
+from wm_graph.tolerances import UNIT_ROUNDOFF, output_limit
 
 ON_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
@@ -65,8 +65,8 @@ def wide(values: Iterable[Tensor | None]) -> list[Tensor | None]:
 
 
 def check(op: str, dtype: torch.dtype, actual: Tensor, expected: Tensor) -> None:
-    """Within the op's limit of the float64 reference; an output that is float32 has the limits of float32."""
-    limit = op_limit(op, name_of(torch.float32 if actual.dtype == torch.float32 else dtype), "triton")
+    """Within the op's limit of the float64 reference; see `output_limit` for an output that is float32."""
+    limit = output_limit(op, name_of(dtype), name_of(torch.float32 if actual.dtype == torch.float32 else dtype), "triton")
     assert actual.isfinite().all()
     assert actual.shape == expected.shape
     if not expected.numel():

@@ -27,7 +27,10 @@ OP_OUTPUTS: dict[str, tuple[str, ...]] = {
     "causal_conv1d": ("y", "state"),
     "gated_rms_norm": ("out",),
     "selective_scan": ("y", "state"),
+    "linear": ("a", "b", "c", "dt"),
 }
+# No model calls these: the exporter makes nodes of them from what lies between the ops, in the graph for GPUs alone.
+ONLY_IN_GRAPHS = ("linear",)
 
 
 class TapNames:

@@ -143,6 +143,7 @@ _OPS: dict[str, tuple[float, float, str]] = {
     "causal_conv1d": (8, 2, "a sum over the taps in float32, one sigmoid"),
     "gated_rms_norm": (8, 4, "one sigmoid, a sum of squares over the width, one root"),
     "selective_scan": (16, 2, "sums over tokens and state in float32; one exp per token and state"),
+    "linear": (20, 4, "a sum over the inputs; a gate multiplies two such sums, each rounded to the dtype before"),
 }
 # runtime: factor on the ulps of _OPS, R, share of differing choices of an op that chooses, reason
 _RUNTIMES: dict[str, tuple[float, float, float, str]] = {
@@ -154,6 +155,7 @@ _RUNTIMES: dict[str, tuple[float, float, float, str]] = {
 }
 _CHOOSING = ("keep_window_attention", "product_key_topk", "router_topk")
 _FLOAT32_ALWAYS = ("rope_angles",)
+_ROUNDED_BEFORE = ("linear",)  # step sizes are softplus of what a linear layer of the dtype gives
 
 
 def _op_limits() -> Iterator[OpLimit]:
@@ -234,6 +236,14 @@ def op_limit(op: str, dtype: str, runtime: str) -> OpLimit:
     return _OP_INDEX[op, "float32" if op in _FLOAT32_ALWAYS else dtype, runtime]
 
 
+def output_limit(op: str, dtype: str, output: str, runtime: str) -> OpLimit:
+    """The limit of one output of an op, of inputs of `dtype` and itself of dtype `output`.
+
+    A float32 output has the limits of float32 whatever the inputs are, unless the op rounds to their dtype on the way to it.
+    """
+    return op_limit(op, dtype if op in _ROUNDED_BEFORE else output, runtime)
+
+
 def model_limit(dtype: str, runtime: str) -> ModelLimit:
     """The limits of a whole model at a dtype in a runtime; KeyError where there is none."""
     return _MODEL_INDEX[dtype, runtime]
@@ -302,7 +312,8 @@ def _ops() -> Iterator[str]:
     yield "\n## Ops\n"
     yield "Each op, fed with exact inputs of its dtype: max |runtime - float64 reference| <= ulps · u · max |reference|, for each output,"
     yield f"and R as above, over at least 64 rows, with a floor of {FLOOR_ULPS:g} u of the output's rms. An output that is float32 in"
-    yield "any model (a state) has the limits of float32. Differing choices are a share of the experts or kept keys.\n"
+    yield "any model (a state) has the limits of float32, but for step sizes of linear, which are made of numbers that are rounded."
+    yield "Differing choices are a share of the experts or kept keys.\n"
     title = ("op", "dtype", "runtime", "ulps", "as a fraction", "R", "differing choices", "reason")
     yield from _rows(title, (_op_row(limit) for limit in OP_LIMITS))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernel_cases import Case, Inputs, Peer
-from wm_graph.tolerances import UNIT_ROUNDOFF, op_limit
+from wm_graph.tolerances import UNIT_ROUNDOFF, output_limit
 from wm_kernels import numerics
 
 
@@ -26,10 +26,10 @@ def normal(g: torch.Generator, *shape: int, dtype: str = "float32", scale: float
 
 
 def over_budget(op: str, dtype: str, actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The worst error of any output over the op's limit; an output that is float32 has the limits of float32."""
+    """The worst error of any output over the op's limit; see `output_limit` for an output that is float32."""
     worst = 0.0
     for got, truth in zip(actual, expected, strict=True):
-        limit = op_limit(op, "float32" if got.dtype == torch.float32 else dtype, "triton")
+        limit = output_limit(op, dtype, "float32" if got.dtype == torch.float32 else dtype, "triton")
         allowed = limit.ulps * UNIT_ROUNDOFF[limit.dtype] * truth.abs().max().item()
         error = (got.double() - truth).abs().max().item() if got.isfinite().all() else float("inf")
         worst = max(worst, error / allowed)

@@ -12,7 +12,7 @@ from typing import Any
 from wm_graph.checkpoints import load_tensors
 from wm_graph.errors import InputError, RuntimeUnavailableError
 from wm_graph.params import params_from_flat
-from wm_graph.taps import OP_OUTPUTS
+from wm_graph.taps import ONLY_IN_GRAPHS, OP_OUTPUTS
 from wm_graph.tolerances import RUNTIME_DTYPES, UNIT_ROUNDOFF
 from wm_runtimes import RUNTIMES, availability
 from wm_runtimes.bundle import Bundle
@@ -251,7 +251,7 @@ def _not_run(
     if room < steps:
         what = f"decode steps {room + 1} to {steps} of the error growth"
         yield NotRun(what, f"the model has {bundles[0].limits.max_position} positions, of which the prompt takes {PROMPT}")
-    if absent := [op for op in OP_OUTPUTS if op not in measured]:
+    if absent := [op for op in OP_OUTPUTS if op not in (*measured, *ONLY_IN_GRAPHS)]:
         yield NotRun(", ".join(absent), "no part of this model")
     yield NotRun("caches of keys, values and scores", "compared through the outputs that read them, not cell by cell")
 

@@ -13,7 +13,7 @@ from torch import Tensor, from_numpy
 
 from oracles.attending import Cell, best_ranked, mixture, visible
 from oracles.choosing import best_pairs, expert_out, half_scores, neuron_sum, route
-from oracles.functions import group_of
+from oracles.functions import group_of, silu, softplus
 from oracles.functions import rms_norm as normed
 from oracles.rotation import Scaling, angles, rotate
 from oracles.scanning import convolution_step, gated_norm, selective_step, ssd_step
@@ -124,6 +124,24 @@ def causal_conv1d(
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
     y_MC, z_MC, weight_C = arrays(y, z, weight)
     return from_numpy(np.array([gated_norm(y_C, z_C, weight_C, eps) for y_C, z_C in zip(y_MC, z_MC, strict=True)]).reshape(y_MC.shape))
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, step_bias: Tensor | None, A: int, B: int, C: int, H: int, gated: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output after output: the n-th is a's while n < A, then b's, then c's, then a step size; gated, it is gate times its partner A on."""
+    x_MK, weight_NK, bias_N, step_bias_H = arrays(x, weight, bias, step_bias)
+    a, b, c, dt = (np.zeros((len(x_MK), width)) for width in (A, B, C, H))
+    for m in range(len(x_MK)):
+        y_N = [sum(w * v for w, v in zip(row, x_MK[m].tolist(), strict=True)) for row in weight_NK.tolist()]
+        y_N = y_N if bias is None else [y + float(more) for y, more in zip(y_N, bias_N, strict=True)]
+        if gated:
+            a[m] = [silu(y_N[n]) * y_N[A + n] for n in range(A)]
+            continue
+        a[m], b[m], c[m] = y_N[:A], y_N[A : A + B], y_N[A + B : A + B + C]
+        for h in range(H):
+            dt[m, h] = softplus(y_N[A + B + C + h] + (0.0 if step_bias is None else float(step_bias_H[h])))
+    return from_numpy(a), from_numpy(b), from_numpy(c), from_numpy(dt)
 
 
 def selective_scan(

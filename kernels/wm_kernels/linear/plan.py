@@ -12,6 +12,7 @@ from wm_kernels.triton_launch import Launch, Plan
 from wm_kernels.triton_support import blocks, can_wait, dtype_name, power_of_two
 
 REGIMES = ("row", "rows", "narrow", "tiles")
+DOWN = 65535  # programs along any axis of a grid but the first
 ARGUMENTS = ("x_MK", "weight_NK", "bias_N", "step_bias_H", "a_MA", "b_MB", "c_MC", "dt_MH")
 
 
@@ -72,9 +73,11 @@ def plan(call: LinearCall, name: str = "") -> Plan:
     if name in ("row", "rows"):
         constants |= {"K": call.K, "BLOCK_K": min(power_of_two(call.K), chosen["BLOCK_K"])}
         constants |= {name: chosen[name] for name in ("ROWS", "BLOCK_N")}
-        kernel, grid, sizes = few_rows_kernel, (tiles_n, blocks(call.M, chosen["ROWS"])), (call.M, *call.parts)
+        kernel, sizes, down = few_rows_kernel, (call.M, *call.parts), blocks(call.M, chosen["ROWS"])
+        # Exact mode alone takes many rows this way.
+        grid = (tiles_n, DOWN, blocks(down, DOWN)) if call.exact and down > DOWN else (tiles_n, down, 1)
     else:
         tile = {key: chosen[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")}
         constants |= tile | {"EVEN": call.K % chosen["BLOCK_K"] == 0}
-        kernel, grid = tiles_kernel, (blocks(call.M, chosen["BLOCK_M"]) * tiles_n, 1)
+        kernel, grid = tiles_kernel, (blocks(call.M, chosen["BLOCK_M"]) * tiles_n, 1, 1)
     return Plan((Launch(kernel, grid, (*ARGUMENTS, *sizes), constants, chosen["num_warps"], chosen["num_stages"]),))

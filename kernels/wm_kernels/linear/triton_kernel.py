@@ -19,18 +19,20 @@ def few_rows_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     read = tl.minimum(n, A + B + C + H - 1)
     k = tl.arange(0, BLOCK_K)
-    weight = tl.load(weight_NK + read[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0)
+    weight_at = weight_NK + read.to(tl.int64)[:, None] * K + k[None, :]
+    weight = tl.load(weight_at, mask=(k < K)[None, :], other=0)
     if GATED:
-        up = tl.load(weight_NK + (A + read)[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0)
+        up_at = weight_NK + (A + read).to(tl.int64)[:, None] * K + k[None, :]
+        up = tl.load(up_at, mask=(k < K)[None, :], other=0)
     wait_for_predecessor(DEPENDENT)
     for index in tl.static_range(ROWS):
-        row = tl.program_id(1) * ROWS + index
+        row = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * ROWS + index
         x = x_MK + tl.minimum(row, M - 1).to(tl.int64) * K
-        y = _product(x, weight_NK, weight, read, k, K, BLOCK_K)
+        y = _product(x, weight_at, weight, k, K, BLOCK_K)
         if HAS_BIAS:
             y += tl.load(bias_N + read).to(tl.float32)
         if GATED:
-            z = _product(x, weight_NK, up, A + read, k, K, BLOCK_K)
+            z = _product(x, up_at, up, k, K, BLOCK_K)
             if HAS_BIAS:
                 z += tl.load(bias_N + A + read).to(tl.float32)
             y = y * tl.sigmoid(y) * z
@@ -38,12 +40,12 @@ def few_rows_kernel(
 
 
 @triton.jit
-def _product(x_K, weight_NK, weight, read, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
+def _product(x_K, weight_at, weight, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """The products of a row with rows of weights, the first columns of which are at hand."""
     y = tl.sum(weight.to(tl.float32) * tl.load(x_K + k, mask=k < K, other=0).to(tl.float32)[None, :], 1)
     for start in tl.static_range(BLOCK_K, K, BLOCK_K):
         at = start + k
-        more = tl.load(weight_NK + read[:, None] * K + at[None, :], mask=(at < K)[None, :], other=0)
+        more = tl.load(weight_at + start, mask=(at < K)[None, :], other=0)
         y += tl.sum(more.to(tl.float32) * tl.load(x_K + at, mask=at < K, other=0).to(tl.float32)[None, :], 1)
     return y
 
@@ -63,8 +65,8 @@ def tiles_kernel(
     read = tl.minimum(n, A + B + C + H - 1)
     k = tl.arange(0, BLOCK_K)
     x_at = x_MK + tl.minimum(row, M - 1).to(tl.int64)[:, None] * K + k[None, :]
-    weight_at = weight_NK + read[None, :] * K + k[:, None]
-    up_at = weight_at + A * K
+    weight_at = weight_NK + read.to(tl.int64)[None, :] * K + k[:, None]
+    up_at = weight_NK + (A + read).to(tl.int64)[None, :] * K + k[:, None]
     wait_for_predecessor(DEPENDENT)
     y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
