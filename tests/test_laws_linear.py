@@ -85,7 +85,9 @@ def of_steps(dtype: torch.dtype, biased: bool) -> torch.Tensor:
 @pytest.mark.parametrize("biased", [False, True])
 def test_step_sizes_are_softplus_to_the_last_bits_from_far_below_zero_to_far_above(biased: bool) -> None:
     found = of_steps(torch.float64, biased)
-    *_, expected = oracles.linear(torch.ones(1, 1), torch.tensor(STEPS, dtype=torch.float64)[:, None], None, None, 0, 0, 0, len(STEPS), False)
+    *_, expected = oracles.linear(
+        torch.ones(1, 1), torch.tensor(STEPS, dtype=torch.float64)[:, None], None, None, 0, 0, 0, len(STEPS), False
+    )
     torch.testing.assert_close(found, expected[0], rtol=4e-16, atol=0)
     assert (found > 0).tolist() == [step > -700 for step in STEPS]
     for dtype in (torch.float32, torch.float16, torch.bfloat16):

@@ -90,7 +90,9 @@ def test_step_sizes_from_far_below_zero_to_far_above(M):
     x, weight = torch.ones((M, 1), device=DEVICE), torch.zeros((len(step_H), 1), device=DEVICE)
     *_, dt = linear_triton(x, weight, None, step_H, (0, 0, 0, len(step_H)), False)
     # Of themselves: a small step is exp of what it is of, whose last bits count too.
-    torch.testing.assert_close(dt.double(), torch.logaddexp(step_H.double(), torch.zeros((), device=DEVICE)).expand(M, -1), rtol=2e-6, atol=1e-37)
+    torch.testing.assert_close(
+        dt.double(), torch.logaddexp(step_H.double(), torch.zeros((), device=DEVICE)).expand(M, -1), rtol=2e-6, atol=1e-37
+    )
 
 
 @pytest.mark.parametrize("M", ROWS)

@@ -51,7 +51,9 @@ class _Graph:
         return next(iter(self.readers(name, op_type)), None)
 
     def sizes(self, split: onnx.NodeProto, width: int) -> list[int]:
-        """The widths of the parts of a Split of so many columns; none where they are not known."""
+        """The widths of the parts of a Split of so many columns; none where they are not known, or rows are split."""
+        if next((item.i for item in split.attribute if item.name == "axis"), 0) not in (1, -1):
+            return []
         if len(split.input) < 2:
             return [width // len(split.output)] * len(split.output) if width % len(split.output) == 0 else []
         given = self.weights.get(split.input[1])
@@ -77,9 +79,16 @@ def join_linear_layers(proto: onnx.ModelProto) -> None:
             gemm.attribute.append(onnx.helper.make_attribute(name, value))
         for node in joined.replaced:
             proto.graph.node.remove(node)
-    read = {name for node in proto.graph.node for name in node.input}
-    for item in [item for item in proto.graph.initializer if item.name not in read]:
-        proto.graph.initializer.remove(item)
+    _drop_unread(proto.graph)
+
+
+def _drop_unread(graph: onnx.GraphProto) -> None:
+    """Sizes of parts are numbers of a node now."""
+    read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    for node in [node for node in graph.node if node.op_type == "Constant" and not read.intersection(node.output)]:
+        graph.node.remove(node)
+    for item in [item for item in graph.initializer if item.name not in read]:
+        graph.initializer.remove(item)
 
 
 def _is_linear(node: onnx.NodeProto, graph: _Graph) -> bool:
@@ -88,8 +97,8 @@ def _is_linear(node: onnx.NodeProto, graph: _Graph) -> bool:
         return False
     values = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
     plain = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0} | values == {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
-    bias = [graph.weights[name] for name in node.input[2:] if name]
-    return plain and graph.weights[node.input[1]].data_type in DTYPES and all(len(item.dims) == 1 for item in bias)
+    weight, bias = graph.weights[node.input[1]], [graph.weights[name] for name in node.input[2:] if name]
+    return plain and weight.data_type in DTYPES and all(list(item.dims) == [weight.dims[0]] for item in bias)
 
 
 def _joined(graph: _Graph, y: str, width: int) -> _Joined:
@@ -139,7 +148,10 @@ def _step_sizes(graph: _Graph, y: str, width: int) -> _Joined | None:
     if add is not None:
         (other,) = (name for name in add.input if name != value)
         widened = graph.makers.get(other)
-        if widened is None or widened.op_type != "Cast" or widened.input[0] not in graph.weights or not graph.reader(other, "Add"):
+        if widened is None or widened.op_type != "Cast" or not graph.reader(other, "Add"):
+            return None
+        given = graph.weights.get(widened.input[0])
+        if given is None or given.data_type not in DTYPES or list(given.dims) != [width]:
             return None
         replaced, bias, value = [*replaced, add, widened], widened.input[0], add.output[0]
     softplus = graph.reader(value, "Softplus")
