@@ -165,7 +165,7 @@ def test_a_bundle_lists_every_kernel_and_what_it_was_made_by(bundle):
     native = opened.manifest["native"]
     assert native["architectures"] == plans["architectures"] == ["sm_90"]
     assert native["triton"] == plans["triton"] == version("triton")
-    assert native["ops"] == ["attention_rope", "residual_rms_norm", "rope_angles"]
+    assert native["ops"] == ["attention_rope", "linear", "residual_rms_norm", "rope_angles"]
     assert native["without"] == []
     assert "model.onnx" not in opened.files
 

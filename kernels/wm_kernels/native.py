@@ -129,6 +129,11 @@ class Native:
         return tuple(argument.name for argument in self.schema.arguments if "Tensor" in str(argument.type))
 
     @property
+    def optional(self) -> frozenset[str]:
+        """Names of the tensors that calls may leave out."""
+        return frozenset(argument.name for argument in self.schema.arguments if str(argument.type) == "Optional[Tensor]")
+
+    @property
     def plain(self) -> tuple[str, ...]:
         """Names of its other arguments, in order."""
         return tuple(argument.name for argument in self.schema.arguments if "Tensor" not in str(argument.type))

@@ -92,7 +92,7 @@ def _entry_document(entry: Entry) -> dict[str, Any]:
         return [as_json(of(size)) for size in shape_of(name, call.sizes)]
 
     inputs: list[dict[str, Any]] = [
-        {"name": name, "shape": shape(name) if name in dtypes else [], "optional": name not in dtypes} for name in declared.inputs
+        {"name": name, "shape": shape(name) if name in dtypes else [], "optional": name in declared.optional} for name in declared.inputs
     ]
     outputs: list[dict[str, Any]] = [
         {
@@ -208,7 +208,7 @@ def _bound(entry: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dic
     """Sizes of symbols, or None where a shape does not fit."""
     sizes: dict[str, int] = {}
     for one in entry["inputs"]:
-        if one["optional"]:
+        if one["name"] in entry["absent"]:
             continue
         shape = shapes[one["name"]]
         if len(shape) != len(one["shape"]):

@@ -11,7 +11,7 @@ from wm_kernels.triton_configs import config
 from wm_kernels.triton_launch import Launch, Plan
 from wm_kernels.triton_support import blocks, can_wait, dtype_name, power_of_two
 
-REGIMES = ("row", "rows", "narrow", "tiles")
+REGIMES = ("row", "rows", "narrow", "middle", "tiles")
 DOWN = 65535  # programs along any axis of a grid but the first
 ARGUMENTS = ("x_MK", "weight_NK", "bias_N", "step_bias_H", "a_MA", "b_MB", "c_MC", "dt_MH")
 
@@ -41,14 +41,16 @@ def regime(call: LinearCall) -> str:
     """How a call is run, from integers alone.
 
     Returns:
-        `row` and `rows`: each program multiplies a few outputs' weights with one row, or with a few. `narrow` and `tiles`: products of
-        tiles on tensor cores, of few rows and many outputs or large both ways.
+        `row` and `rows`: each program multiplies a few outputs' weights with one row, or with a few. The others: products of tiles on
+        tensor cores, `narrow` ones of few rows, `middle` ones that are enough for the device where rows are some hundred, or large `tiles`.
     """
     if call.exact or call.M == 1:
         return "row"
     if values(call, "rows")["up_to"] >= call.M:
         return "rows"
-    return "narrow" if values(call, "narrow")["up_to"] >= call.M else "tiles"
+    if values(call, "narrow")["up_to"] >= call.M:
+        return "narrow"
+    return "middle" if values(call, "middle")["up_to"] >= call.M else "tiles"
 
 
 def values(call: LinearCall, name: str) -> Any:
@@ -69,10 +71,12 @@ def plan(call: LinearCall, name: str = "") -> Plan:
         "DEPENDENT": can_wait(call.arch),
     }
     sizes: tuple[int, ...] = (call.M, call.K, *call.parts)
-    tiles_n = blocks(sum(call.parts), chosen["BLOCK_N"])
+    # Of few rows a program asks for so many weights at once that all together keep the memory busy.
+    block_K = min(power_of_two(call.K), chosen["BLOCK_K"])
+    block_N = min(chosen["BLOCK_N"], max(1, chosen["weights"] // block_K)) if name in ("row", "rows") else chosen["BLOCK_N"]
+    tiles_n = blocks(sum(call.parts), block_N)
     if name in ("row", "rows"):
-        constants |= {"K": call.K, "BLOCK_K": min(power_of_two(call.K), chosen["BLOCK_K"])}
-        constants |= {name: chosen[name] for name in ("ROWS", "BLOCK_N")}
+        constants |= {"K": call.K, "BLOCK_K": block_K, "ROWS": chosen["ROWS"], "BLOCK_N": block_N}
         kernel, sizes, down = few_rows_kernel, (call.M, *call.parts), blocks(call.M, chosen["ROWS"])
         # Exact mode alone takes many rows this way.
         grid = (tiles_n, DOWN, blocks(down, DOWN)) if call.exact and down > DOWN else (tiles_n, down, 1)
