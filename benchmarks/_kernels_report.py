@@ -2,7 +2,8 @@
 
     python benchmarks/_kernels_report.py RUN.json RUN.json ...
 
-writes them from several runs, each of some cases: a case's last row counts, unless an earlier one has more peers.
+writes them from several runs, each of some cases: a case's last row counts, unless an earlier one has more peers, or as many and more of
+our designs.
 
 One clock for each kind of ratio. What the device does, which is rates of bytes and FLOP, a case beside another case of ours and a design
 beside other designs of ours, goes by the device's time: that in a graph, or from Python where a call is too long for the host to show.
@@ -55,8 +56,10 @@ def split(results: Measured) -> list[Measured]:
     return [run | {"cases": [found for found in cases if found["run"] == number]} for number, run in enumerate(results["runs"], 1)]
 
 
-def _timed(found: Measured) -> int:
-    return sum("us" in row for kind in ("peers", "designs") for row in found.get(kind, {}).values())
+def _timed(found: Measured) -> tuple[int, int]:
+    """How many peers and how many other designs of ours ran beside it."""
+    peers, designs = (sum("us" in row for row in found.get(kind, {}).values()) for kind in ("peers", "designs"))
+    return peers, designs
 
 
 def device_us(row: Measured) -> float:

@@ -88,21 +88,6 @@ def test_a_kernel_that_cannot_travel_is_refused_with_the_reason(compiled, name, 
 
 
 @needs_triton
-@pytest.mark.parametrize(("index", "meant"), [(0, True), (3, False)])
-def test_rows_whose_width_is_no_constant_are_whole_where_it_is_assumed_to_be_divisible(index, meant):
-    """Layers of 1024 inputs and of 40."""
-    from native_cases import declaration, use_of
-    from wm_export.native_lint import wide_reads_meant
-    from wm_kernels.native_plans import entries_of
-
-    declared = declaration("linear")
-    (entry,) = entries_of(declared, use_of("linear", index, torch.bfloat16), ["sm_90"])
-    found = [launch.kernel for _, variant in entry.variants for launch in variant.launches if launch.kernel.function[1] in declared.rows]
-    assert len(found) > 1
-    assert {wide_reads_meant(kernel, declared.rows[kernel.function[1]]) for kernel in found} == {meant}
-
-
-@needs_triton
 def test_a_kernel_for_another_architecture_is_refused_by_its_text_and_by_its_binary(compiled):
     strange = replace(compiled["old"], architecture="sm_90")
     assert faults_of(strange) == ["was made for sm_80, expected sm_90", "is a binary for sm_80, expected sm_90"]

@@ -15,7 +15,7 @@ pytestmark = needs_triton
 
 # Of the table's thresholds, on a GPU others than in the interpreter; rows of tiles that are full, that are not, and three, of which two go
 # together.
-ROWS = (1, 2, 3, 5, 33, 70, *((16, 17, 1024, 1025) if ON_CUDA else ()))
+ROWS = (1, 2, 3, 5, 33, 70, *((256, 257) if ON_CUDA else ()))
 # K, parts, gated, whether there is a bias and one of step sizes. Tiles have 4 to 32 outputs in the interpreter, blocks 32 or 64 inputs.
 SHAPES = {
     "parts that meet inside of tiles": (37, (9, 20, 7, 5), False, False, True),

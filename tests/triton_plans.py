@@ -175,7 +175,7 @@ def linear(dtype: torch.dtype, arch: str) -> Plans:
 
     names = dict.fromkeys(("x_MK", "weight_NK", "bias_N", "step_bias_H", "a_MA", "b_MB", "c_MC"), dtype) | {"dt_MH": F32}
     mixer, gate, out = (1024, (1024, 1024, 1024, 8), False), (1024, (4096, 0, 0, 0), True), (4096, (1024, 0, 0, 0), False)
-    for M, (K, parts, gated) in product((1, 2, 16, 64, 4096), (mixer, gate, out)):
+    for M, (K, parts, gated) in product((1, 2, 64, 4096), (mixer, gate, out)):
         yield plan(LinearCall(arch, dtype, M, K, parts, gated, not gated, parts[3] > 0)), names
 
 

@@ -44,12 +44,9 @@ def spaces() -> list[Space]:
         row = {"ROWS": 1, "BLOCK_N": 8, "BLOCK_K": 4096, "weights": 2**16, "num_warps": 4, "num_stages": 1}
         made.append(Space(layer(name, 1), "row", dims, row, few))
         made.append(Space(layer(name, 2), "rows", dims, row | {"up_to": 2, "ROWS": 2}, [*few, grid(ROWS=[1, 2])]))
-        narrow = {"up_to": 16, "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128, "GROUP_M": 8, "num_warps": 4, "num_stages": 4}
-        shapes = grid(BLOCK_N=[16, 32, 64, 128], BLOCK_K=[64, 128, 256], num_warps=[2, 4])
-        made.append(Space(layer(name, 16), "narrow", dims, narrow, [shapes, grid(num_stages=[3, 4, 5])]))
-        middle = narrow | {"up_to": 1024, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}
-        shapes = grid(BLOCK_M=[32, 64, 128], BLOCK_N=[32, 64, 128], BLOCK_K=[64, 128], num_warps=[4, 8])
-        made.append(Space(layer(name, 256), "middle", dims, middle, [shapes, grid(num_stages=[3, 4, 5, 6])]))
+        narrow = {"up_to": 256, "BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 4, "num_stages": 6}
+        shapes = grid(BLOCK_M=[16, 32, 64], BLOCK_N=[16, 32, 64, 128], BLOCK_K=[64, 128], num_warps=[4])
+        made.append(Space(layer(name, 64), "narrow", dims, narrow, [shapes, grid(num_stages=[3, 4, 5, 6])]))
         tiles = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP_M": 8, "num_warps": 8, "num_stages": 3}
         shapes = grid(BLOCK_M=[64, 128], BLOCK_N=[64, 128, 256], BLOCK_K=[32, 64], num_warps=[4, 8])
         made.append(Space(layer(name, 4096), "tiles", dims, tiles, [shapes, grid(num_stages=[2, 3, 4], GROUP_M=[4, 8, 16])]))

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from importlib import import_module
 from math import prod
 
 import torch
@@ -74,15 +73,4 @@ def wide_reads_meant(kernel: Kernel, rows: Rows) -> bool:
     constants = dict(kernel.constants)
     sizes = [getattr(torch, parameter.split(":")[1]).itemsize for parameter in kernel.parameters if parameter.startswith("ptr:")]
     each = WIDE // min(size for size in sizes if size > 1) if sizes else WIDE
-    return _divisible(kernel, rows.width, max(each, DIVISOR)) and prod(constants[name] for name in rows.tile) >= kernel.warps * 32 * each
-
-
-def _divisible(kernel: Kernel, width: str, by: int) -> bool:
-    """Whether a kernel is compiled for a width that is a multiple: a constant that is one, or an integer of which it is assumed."""
-    constants = dict(kernel.constants)
-    if width in constants:
-        return bool(constants[width] % by == 0)
-    function = getattr(import_module(kernel.function[0]), kernel.function[1])
-    places = [name for name in function.arg_names if name not in constants]
-    _, _, divisor = kernel.parameters[places.index(width)].partition(":")
-    return int(divisor or 1) % by == 0
+    return constants[rows.width] % max(each, DIVISOR) == 0 and prod(constants[name] for name in rows.tile) >= kernel.warps * 32 * each

@@ -11,7 +11,7 @@ from wm_kernels.triton_configs import config
 from wm_kernels.triton_launch import Launch, Plan
 from wm_kernels.triton_support import blocks, can_wait, dtype_name, power_of_two
 
-REGIMES = ("row", "rows", "narrow", "middle", "tiles")
+REGIMES = ("row", "rows", "narrow", "tiles")
 DOWN = 65535  # programs along any axis of a grid but the first
 ARGUMENTS = ("x_MK", "weight_NK", "bias_N", "step_bias_H", "a_MA", "b_MB", "c_MC", "dt_MH")
 
@@ -42,15 +42,13 @@ def regime(call: LinearCall) -> str:
 
     Returns:
         `row` and `rows`: each program multiplies a few outputs' weights with one row, or with a few. The others: products of tiles on
-        tensor cores, `narrow` ones of few rows, `middle` ones that are enough for the device where rows are some hundred, or large `tiles`.
+        tensor cores, `narrow` ones, which are enough for the device where rows are few, or large `tiles`.
     """
     if call.exact or call.M == 1:
         return "row"
     if values(call, "rows")["up_to"] >= call.M:
         return "rows"
-    if values(call, "narrow")["up_to"] >= call.M:
-        return "narrow"
-    return "middle" if values(call, "middle")["up_to"] >= call.M else "tiles"
+    return "narrow" if values(call, "narrow")["up_to"] >= call.M else "tiles"
 
 
 def values(call: LinearCall, name: str) -> Any:
