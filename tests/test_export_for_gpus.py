@@ -72,6 +72,17 @@ def test_no_size_is_read_as_a_tensor_outside_the_bodies(family, file):
     assert leaked_sizes(_multiplied_on_the_device()) == ["rows (Mul)"]
 
 
+def test_sizes_go_into_lists_as_shape_gives_them(family):
+    def made_anew(file):
+        graph = onnx.load(family[1] / file, load_external_data=False).graph
+        made = {output: node for node in graph.node for output in node.output}
+        numbers = [made[node.input[0]] for node in graph.node if node.op_type == "Reshape" and node.input[0] in made]
+        return [node.name for node in numbers if node.op_type == "Squeeze" and made[node.input[0]].op_type == "Shape"]
+
+    assert made_anew("model.onnx")
+    assert not made_anew(FOR_GPUS)
+
+
 def _multiplied_on_the_device() -> onnx.GraphProto:
     """What the exporter writes for arange(B) * T."""
     make = onnx.helper.make_node

@@ -34,11 +34,22 @@ def multiply_on_host(proto: onnx.ModelProto) -> None:
 
 def _counts(proto: onnx.ModelProto, node: onnx.NodeProto) -> bool:
     """Whether a Range is 0, 1, 2, ..."""
-    known = {item.name: item for item in proto.graph.initializer}
-    constants = [item for item in proto.graph.node if item.op_type == "Constant" and item.attribute[0].HasField("t")]
-    known |= {item.output[0]: item.attribute[0].t for item in constants}
-    ends = [known.get(name) for name in (node.input[0], node.input[2])]
-    return [None if end is None else int(onnx.numpy_helper.to_array(end)) for end in ends] == [0, 1]
+    known = _known_integers(proto)
+    return [known.get(name) for name in (node.input[0], node.input[2])] == [0, 1]
+
+
+def _known_integers(proto: onnx.ModelProto) -> dict[str, int]:
+    """The integers, or lists of one, that are constants of the main graph, by name."""
+    tensors = {item.name: item for item in proto.graph.initializer if item.data_type == onnx.TensorProto.INT64}
+    found: dict[str, int] = {}
+    for node in proto.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].HasField("t"):
+            tensors[node.output[0]] = node.attribute[0].t
+        elif node.op_type == "Constant" and len(node.attribute[0].ints) == 1:
+            found[node.output[0]] = node.attribute[0].ints[0]
+    return found | {
+        name: int(onnx.numpy_helper.to_array(item).item()) for name, item in tensors.items() if np.prod(item.dims, dtype=int) == 1
+    }
 
 
 def tune_for_onnxruntime(proto: onnx.ModelProto) -> None:
@@ -51,9 +62,33 @@ def tune_for_onnxruntime(proto: onnx.ModelProto) -> None:
 
 def tune_for_cuda(proto: onnx.ModelProto) -> None:
     """Rewrite the main graph in place for ONNX Runtime's CUDA provider, where a decode step costs what its many small nodes cost."""
+    _take_sizes_as_they_are(proto)
     _drop_thresholds_of_softplus(proto)
     _join_sums_into_residual_norms(proto)
     join_linear_layers(proto)
+
+
+def _take_sizes_as_they_are(proto: onnx.ModelProto) -> None:
+    """Shape(x)[i:i+1] in the place of a list that is made of it by way of a number: nodes and memory on the host that nobody needs."""
+    graph, known = proto.graph, _known_integers(proto)
+    made = {output: node for node in graph.node for output in node.output}
+    kept = {output.name for output in graph.output}
+    for node in [node for node in graph.node if node.op_type == "Reshape" and known.get(node.input[1]) == -1]:
+        number = made.get(node.input[0])
+        size = None if number is None or number.op_type != "Squeeze" else made.get(number.input[0])
+        if size is None or size.op_type != "Shape" or kept.intersection(node.output):
+            continue
+        ends = {item.name: item.i for item in size.attribute}
+        if ends.get("end", 0) - ends.get("start", 0) != 1:
+            continue
+        for reader in graph.node:
+            for place, name in enumerate(reader.input):
+                if name == node.output[0]:
+                    reader.input[place] = size.output[0]
+        graph.node.remove(node)
+    read = {name for node in graph.node for name in node.input}
+    for node in [node for node in graph.node if node.op_type == "Squeeze" and node.output[0] not in read]:
+        graph.node.remove(node)
 
 
 def _join_sums_into_residual_norms(proto: onnx.ModelProto) -> None:
