@@ -95,7 +95,7 @@ def test_half_precision_chooses_otherwise_and_is_followed(made) -> None:
 
 
 @pytest.mark.parametrize("seed", [5, 8, 9])
-def test_choices_are_told_call_by_call_whatever_the_seed(made, seed: int) -> None:
+def test_a_model_that_chooses_is_measured_whatever_the_seed(made, seed: int) -> None:
     """With these seeds row 0 is long where the others have begun: a session that runs rows apart for want of room calls every op twice."""
     runtimes = ["eager", "onnxruntime-cpu"]
     report = measure_parity(open_bundle(made(SINGLE_HEAD)[1]), runtimes, draws=16, seed=seed, longest_prompt=40, decode_steps=2)
