@@ -170,6 +170,13 @@ class Member:
             session.restore(new)
             raise AssertionError(f"{self.name} in {key[0]}: reset leaves what was in {', '.join(wrong) or 'position'}")
 
+    def close(self) -> None:
+        """Close the sessions and forget them."""
+        for key, (session, _) in self._sessions.items():
+            session.close()
+            _IN_USE.pop((self, key), None)
+        self._sessions = {}
+
     def limit(self, runtime: str, logits: Array) -> float:
         """Largest error of a logit, at the scale of the oracle's `logits`."""
         max_abs = model_limit(self.bundle.dtype, options_of(runtime)["runtime"]).max_abs

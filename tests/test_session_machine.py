@@ -168,7 +168,7 @@ def test_every_row_equals_a_fresh_run_of_its_own_tokens(pool: Pool, runtime: str
     assert COMPARED["session"] - before >= runs // 2  # runs that fed nothing compared nothing
 
 
-@pytest.mark.parametrize(("runtime", "leaf"), [("eager", "ssd"), ("model.ort.onnx", "score")])
+@pytest.mark.parametrize(("runtime", "leaf"), [("model.onnx", "ssd"), ("model.ort.onnx", "score")])
 def test_a_session_that_hands_state_on_fails_the_example_it_is_from(
     pool: Pool, runtime: str, leaf: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
