@@ -6,9 +6,13 @@ processes of its own. The record is resumable: what is in `benchmarks/results/pr
 
 import argparse
 import json
+import platform
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Iterator
+from datetime import date
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,8 @@ ON_GPU = ROOT / "benchmarks" / "results" / "cuda_parity.json"  # what benchmarks
 DTYPES = {"fp32": "float32", "fp16": "float16"}
 # Rows of the draws by the number of parameters: every row of a large vocabulary is millions of logits, which R pools.
 DRAWS = ((2e8, 64), (1e9, 8), (float("inf"), 4))
+DRAWS_COMPILED = 16  # at most
+SEED = 0
 RUNTIMES = "eager,onnxruntime-cpu,onnxruntime-cpu:model.onnx"
 COMPILING = 1800.0  # seconds that a compiled model may take, compilation and draws
 WINDOW = 64  # keys kept: the presets keep 2048, more than any draw has
@@ -65,12 +71,18 @@ def measure(name: str, dtype: str, work: Path) -> Row:
         wm("export", work / "checkpoint", "-o", work / "bundle", "--dtype", dtype)
         shutil.rmtree(work / "checkpoint")
         report = parity(work / "bundle", RUNTIMES, draws)
-        report["rows"] += _compiled(work / "bundle", min(draws, 16))
-        return report
+        report["rows"] += _compiled(work / "bundle", min(draws, DRAWS_COMPILED))
+        return report | provenance()
     except RuntimeError as error:
         return {"error": str(error)}
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def provenance() -> Row:
+    """When an entry was measured, by which versions, from which seed."""
+    versions = {name: version(name) for name in ("torch", "onnxruntime")} | {"python": platform.python_version()}
+    return {"date": date.today().isoformat(), "versions": versions, "seed": SEED}
 
 
 def enliven(checkpoint: Path) -> None:
@@ -101,7 +113,9 @@ def _compiled(bundle: Path, draws: int) -> list[Row]:
 
 def parity(bundle: Path, runtimes: str, draws: int, seconds: float | None = None) -> Row:
     """The report of `wm parity`; numbers out of budget are an answer."""
-    report: Row = json.loads(wm("parity", bundle, "--runtimes", runtimes, "--draws", draws, "--json", fails=True, seconds=seconds))
+    report: Row = json.loads(
+        wm("parity", bundle, "--runtimes", runtimes, "--draws", draws, "--seed", SEED, "--json", fails=True, seconds=seconds)
+    )
     return report
 
 
@@ -137,6 +151,7 @@ def render(found: dict[str, Row], gpu: dict[str, Row]) -> str:
         "`model.ort.onnx`.\n",
         f"u of float32 is {UNIT_ROUNDOFF['float32']:.3g}, of float16 {UNIT_ROUNDOFF['float16']:.3g}.\n",
         "A differing choice is worse than the oracle's by at most the shortfall, a share of its score budget.\n",
+        *_measured(found),
         *HEADER,
     ]
     for name, dtype in product(PRESETS, DTYPES):
@@ -155,6 +170,30 @@ def render(found: dict[str, Row], gpu: dict[str, Row]) -> str:
         rows = row.get("rows", [{"runtime": "–", "error": row.get("error")}])
         lines += [_line(f"`{name}`", {**DTYPES, "bf16": "bfloat16"}[dtype], one, row.get("draws", 0)) for one in rows]
     return "\n".join(lines) + "\n"
+
+
+def _measured(found: dict[str, Row]) -> Iterator[str]:
+    """How much was compared of how large a model, and where the entries come from."""
+    tokens: dict[tuple[bool, int], set[int]] = {}
+    for key, entry in found.items():
+        for row in entry.get("rows", ()):
+            if "error" not in row:
+                size = (row["runtime"] == "compiled", row.get("draws", entry["draws"]))
+                tokens.setdefault(size, set()).add(row["outputs"] // PRESETS[key.split()[0]].vocab_size)
+    (_, all_draws), (_, some), (_, few) = DRAWS
+    yield f"Of a bundle parity asks {all_draws} draws; here presets of 320 M parameters are measured with {some} and those of 1.3 G with"
+    yield f"{few}, all prompts in one piece, and `compiled` with at most {DRAWS_COMPILED}. Compared tokens:"
+    listed = [
+        f"{draws} draws{' of `compiled`' if compiled else ''} are {' or '.join(map(str, sorted(counts)))}"
+        for (compiled, draws), counts in sorted(tokens.items(), key=lambda one: (one[0][0], -one[0][1]))
+    ]
+    yield f"{', '.join(listed)}.\n"
+    told = {json.dumps([entry[name] for name in ("date", "versions", "seed")]) for entry in found.values() if "date" in entry}
+    for date_, versions, seed in map(json.loads, sorted(told)):
+        names = ", ".join(f"{name} {number}" for name, number in versions.items())
+        yield f"Measured on {date_} from seed {seed}: {names}.\n"
+    if bare := sum("rows" in entry and "date" not in entry for entry in found.values()):
+        yield f"Of {bare} of {len(found)} entries the record does not say when, from which seed and by which versions they were measured.\n"
 
 
 HEADER = (

@@ -43,6 +43,7 @@ def examples(n: int) -> settings:
     )
 
 
+AT_END: list[Callable[[bool], None]] = []  # called at the end of every example of a law, with whether it failed or was refused
 COMPARED: Counter[str] = Counter()  # kind of law -> examples of this run that compared two or more implementations and agreed
 KINDS = ("op", "model", "session")
 _evidence = 0  # of the example that is being tried
@@ -52,6 +53,12 @@ def note_compared(numbers: int) -> None:
     """Called by what compares (`near`, `same`, `check`): so many numbers were compared that a wrong implementation could have got wrong."""
     global _evidence
     _evidence += numbers
+
+
+def end_example(failed: bool) -> None:
+    """Let go of what an example used; an example that left something behind for the next one fails here, unless it failed before."""
+    for end in AT_END:
+        end(failed)
 
 
 def law(n: int, kind: str) -> Callable[[Callable[..., Any]], Any]:
@@ -76,8 +83,13 @@ def law(n: int, kind: str) -> Callable[[Callable[..., Any]], Any]:
         def counted(*args: Any, **kwargs: Any) -> None:
             global _evidence
             _evidence = 0
-            body(*args, **kwargs)
-            assume(_evidence)
+            try:
+                body(*args, **kwargs)
+                assume(_evidence)
+            except BaseException:
+                end_example(failed=True)
+                raise
+            end_example(failed=False)
             COMPARED[kind] += 1
 
         test.hypothesis.inner_test = counted

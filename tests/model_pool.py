@@ -11,17 +11,18 @@ import torch
 
 from choice_margins import as_tokens, oracle_with_margins
 from cuda_bundles import missing as cuda_missing
-from hypothesis_profiles import note_compared
+from hypothesis_profiles import AT_END, note_compared
 from strategies_models import Drawn, drawn
 from wm_export import export_bundle
 from wm_graph import forward, save_checkpoint
 from wm_graph.checkpoints import load_tensors
 from wm_graph.params import Params, cast_params, params_from_flat
 from wm_graph.tolerances import model_limit
-from wm_runtimes import Session, availability, open_bundle, open_session
+from wm_runtimes import Session, Snapshot, availability, open_bundle, open_session
 from wm_runtimes.bundle import Bundle
 from wm_runtimes.cuda_device import cuda_device
 from wm_runtimes.snapshot import Array
+from wm_runtimes.state_buffers import reset_value
 
 _ROTATED = {"rotary_dim": 2, "rope_scaling": "linear", "rope_factor": 2.0}
 _LLAMA3 = {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original": 32, "n_head": 6, "n_kv_head": 3}
@@ -100,6 +101,25 @@ class Expected:
     slack_T: Array
 
 
+_IN_USE: dict[tuple["Member", Any], None] = {}  # sessions that this example was given
+
+
+def _let_go(failed: bool) -> None:
+    """Empty the sessions of an example where it ends: what `reset` leaves fails the example that it is from, whichever came before."""
+    used, complaint = list(_IN_USE), None
+    _IN_USE.clear()
+    for member, key in used:
+        try:
+            member.empty(key)
+        except AssertionError as error:
+            complaint = complaint or error
+    if complaint is not None and not failed:
+        raise complaint
+
+
+AT_END.append(_let_go)
+
+
 def _kernels(model: str) -> dict[str, Any]:
     """What is asked of the exporter beside ONNX files: native kernels where sessions of this run have them."""
     if model not in _CUDA_MODELS or "cuda kernels" not in RUNNING:
@@ -117,7 +137,7 @@ class Member:
         self.cfg = self.bundle.config
         # What the bundle really holds, float16 rounding included.
         self._params: Params = cast_params(params_from_flat(self.cfg, load_tensors(folder)), torch.float64)
-        self._sessions: dict[Any, Session] = {}
+        self._sessions: dict[Any, tuple[Session, Snapshot]] = {}
         self.expected = lru_cache(4096)(self._expected)
 
     def _expected(self, row: tuple[int, ...]) -> Expected:
@@ -130,12 +150,32 @@ class Member:
         return Expected(logits_1TV[0], margin_1T[0] < 1, slack_T)
 
     def session(self, runtime: str, batch: int, capacity: int, use: str = "", **options: Any) -> Session:
-        """An empty session; the same one for the same arguments, so that what earlier examples left behind would show."""
+        """An empty session; the same one for the same arguments, so that what its earlier use left behind would show."""
         key = (runtime, batch, capacity, use)
         if key not in self._sessions:
-            self._sessions[key] = open_session(self.bundle, batch=batch, capacity=capacity, **options_of(runtime), **options)
-        self._sessions[key].reset()
-        return self._sessions[key]
+            session = open_session(self.bundle, batch=batch, capacity=capacity, **options_of(runtime), **options)
+            self._sessions[key] = session, session.snapshot()
+        _IN_USE[self, key] = None
+        self.empty(key)
+        return self._sessions[key][0]
+
+    def empty(self, key: Any) -> None:
+        """Reset a session, and assert that each leaf is what the manifest says; one that is not is made as it was when it was new."""
+        session, new = self._sessions[key]
+        session.reset()
+        saved = session.snapshot()
+        leaves = {leaf.name: reset_value(leaf) for leaf in session.bundle.state if leaf.name in saved.leaves}
+        wrong = [name for name, value in leaves.items() if (saved.leaves[name] != value).any()]
+        if wrong or saved.position_B.any():
+            session.restore(new)
+            raise AssertionError(f"{self.name} in {key[0]}: reset leaves what was in {', '.join(wrong) or 'position'}")
+
+    def close(self) -> None:
+        """Close the sessions and forget them."""
+        for key, (session, _) in self._sessions.items():
+            session.close()
+            _IN_USE.pop((self, key), None)
+        self._sessions = {}
 
     def limit(self, runtime: str, logits: Array) -> float:
         """Largest error of a logit, at the scale of the oracle's `logits`."""

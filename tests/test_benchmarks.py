@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from wm_graph.tolerances import model_limit
+from wm_runtimes.draws import make_draws
 from wm_runtimes.labels import runtime_of
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -186,6 +187,42 @@ def test_parity_of_presets_is_written_from_its_record_and_tells_every_pair(modul
     pairs = {(f"`{name}`", dtype) for name in presets.PRESETS for dtype in presets.DTYPES.values()}
     assert {(name, dtype) for name, dtype, *_ in lines} == pairs
     assert all(verdict == "passed" or verdict.startswith("not measured: ") for *_, verdict in lines)
+
+
+def test_parity_of_presets_tells_how_much_was_compared_when_and_by_what(modules, monkeypatch, tmp_path):
+    presets = modules("presets")
+    page = (BENCHMARKS.parent / "docs" / "parity.md").read_text()
+    assert "Of a bundle parity asks 64 draws; here presets of 320 M parameters are measured with 8 and those of 1.3 G with\n4," in page
+    assert "`compiled` with at most 16." in page
+    found = json.loads((BENCHMARKS / "results" / "presets.json").read_text())
+    for key, entry in found.items():
+        preset = presets.PRESETS[key.split()[0]]
+        size = presets.count_parameters(preset)
+        assert len(make_draws(preset.vocab_size, entry["draws"], presets.SEED, 79, 8, 271)) == (8 if size < 2e8 else 1)  # 1: not in pieces
+        assert entry["draws"] == (64 if size < 2e8 else 8 if size < 1e9 else 4)
+        assert f"{entry['draws']} draws are {entry['tokens']}" in page
+        assert {row.get("draws", entry["draws"]) for row in entry["rows"] if row["runtime"] == "compiled"} <= {min(entry["draws"], 16)}
+    bare = sum("date" not in entry for entry in found.values())
+    assert (f"Of {bare} of {len(found)} entries the record does not say when" in page) == bool(bare)
+
+    report = {"bundle": "b", "draws": 64, "tokens": 9, "rows": []}
+    asked = []
+
+    def wm(*words, **options):
+        asked.append(words)
+        if words[0] == "init":
+            words[-1].mkdir()
+        return json.dumps(report)
+
+    monkeypatch.setattr(presets, "wm", wm)
+    monkeypatch.setattr(presets, "enliven", lambda checkpoint: None)
+    entry = presets.measure("cheems-tiny", "fp32", tmp_path / "work")
+    assert entry["seed"] == presets.SEED
+    assert all(words[words.index("--seed") + 1] == entry["seed"] for words in asked if words[0] == "parity")
+    assert entry["versions"].keys() == {"torch", "onnxruntime", "python"}
+    text = presets.render({"cheems-tiny fp32": entry}, {})
+    assert f"Measured on {entry['date']} from seed 0: torch {entry['versions']['torch']}, onnxruntime " in text
+    assert "the record does not say" not in text
 
 
 def test_bars_of_a_gpu_are_judged_and_what_was_not_measured_is_none(modules):

@@ -418,4 +418,4 @@ def test_any_model_runs_as_a_bundle_in_both_graphs(tmp_path_factory: pytest.Temp
             fed = feed(session, [row[start:end] for row in rows])
             for row, got_SV in zip(rows, fed, strict=True):
                 check_fed(member, runtime, row, min(end, len(row)), got_SV)
-        session.close()
+        member.close()

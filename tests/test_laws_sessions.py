@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
@@ -18,9 +19,10 @@ import test_session_machine as machine
 from hypothesis_profiles import law, note_compared
 from model_pool import POOL, RUNNING, SIZES, Member, Pool, models_in, options_of
 from session_support import BAD, assert_same, check_fed, feed, meaning_of, state_of
-from strategies_models import SEEDS, Texts, orders, splits, subsets, texts
+from strategies_models import SEEDS, Drawn, Split, Texts, drawn, orders, splits, subsets, texts
 from wm_graph.config import FEED_FORWARDS, FORMS, MIXERS, ModelConfig
 from wm_graph.errors import CapacityError, InputError
+from wm_graph.params import Params, map_tensors, params_from_flat, params_to_flat
 from wm_graph.tolerances import score_budget
 from wm_runtimes import RUNTIMES as ALL_RUNTIMES
 from wm_runtimes import Session, Snapshot, availability
@@ -28,6 +30,8 @@ from wm_runtimes.snapshot import Array
 
 ONNX = [name for name in RUNNING if name.endswith(".onnx")]
 N = 90  # examples of a law in each runtime: sessions are to make three tenths of all examples
+N_WINDOWS = 45  # each feeds three sessions
+SHORT = 20  # keys of a window that holds every key
 
 
 each_runtime = pytest.mark.parametrize("runtime", RUNNING)
@@ -97,7 +101,7 @@ def test_every_runtime_that_runs_here_is_under_every_law() -> None:
     tests = [test for name, test in globals().items() if name.startswith("test_") and "runtime" in signature(test).parameters]
     for test in [*tests, machine.test_every_row_equals_a_fresh_run_of_its_own_tokens]:
         assert runtimes_of(test) >= available, test.__name__
-    assert len(tests) >= 11
+    assert len(tests) >= 12
 
 
 def runtimes_of(test: Any) -> set[str]:
@@ -180,6 +184,74 @@ def test_greedy_text_takes_the_tokens_that_the_oracle_likes_best(
                 )
                 compared += 1
     note_compared(compared)
+
+
+@each_runtime
+@law(N, "session")
+@given(data=st.data(), change=SEEDS)
+def test_later_tokens_do_not_reach_earlier_logits(pool: Pool, runtime: str, change: int, data: st.DataObject) -> None:
+    """Of every row some tokens stay and each later one becomes another, all logits selected; the oracle is given what stays alone."""
+    case = data.draw(cases(runtime, shortest=2), "case")
+    member, session, rows = case.open(pool, runtime)
+    generator, V = np.random.default_rng(change), member.cfg.vocab_size
+    stays = [int(generator.integers(1, len(row))) for row in rows]
+    others = [np.append(row[:n], (row[n:] + generator.integers(1, V, len(row) - n)) % V) for row, n in zip(rows, stays, strict=True)]
+    told = feed(session, rows), feed(member.session(runtime, case.batch, case.capacity), others)
+    for row, n, one_TV, other_TV in zip(rows, stays, *told, strict=True):
+        clear_n = ~member.expected(tuple(row[:n].tolist())).tied_T
+        assert np.abs(one_TV[:n] - other_TV[:n])[clear_n].max(initial=0.0) <= member.limit(runtime, one_TV[:n])
+        assert sum(member.check(runtime, row[:n], np.arange(n), got_TV[:n]) for got_TV in (one_TV, other_TV)) == 2 * clear_n.sum()
+
+
+# Windows
+
+
+@dataclass(frozen=True)
+class Unscored(Drawn):
+    """A model whose keys all score 0."""
+
+    def params(self, dtype: torch.dtype = torch.float32) -> Params:
+        """The parameters."""
+        zeroed: Params = map_tensors(super().params(dtype), lambda name, value: value * 0 if name.endswith("mixer.A") else value)
+        return zeroed
+
+
+@dataclass(frozen=True)
+class Unwindowed(Drawn):
+    """What `Unscored` is where the window holds every key: plain attention of the same parameters."""
+
+    def params(self, dtype: torch.dtype = torch.float32) -> Params:
+        """The parameters."""
+        windowed = drawn(self.layers.replace("attention", "dynamic_mask_attention"), self.seed, **dict(self.options))
+        tensors = params_to_flat(windowed.cfg, windowed.params(dtype))
+        return params_from_flat(self.cfg, {name: value for name, value in tensors.items() if not name.endswith(("mixer.A", "mixer.dt"))})
+
+
+@pytest.fixture(scope="module")
+def windows(tmp_path_factory: pytest.TempPathFactory) -> Pool:
+    """One model with a window of 20 keys, with one of 70, and without."""
+    layers = "dynamic_mask_attention+mlp ssd+none"
+    models = {f"window {W}": Unscored(layers, 14, (("keep_window", W), ("mlp_bias", True))) for W in (SHORT, 70)}
+    models["plain"] = Unwindowed(layers.replace("dynamic_mask_", ""), 14, (("mlp_bias", True),))
+    return Pool(tmp_path_factory.mktemp("windows"), models)
+
+
+@pytest.mark.parametrize("graph", ONNX)
+@law(N_WINDOWS, "session")
+@given(split=splits(2, SHORT), garbage=SEEDS)
+def test_windows_that_hold_every_key_of_equal_score_are_one_another_and_plain_attention(
+    windows: Pool, graph: str, split: Split, garbage: int
+) -> None:
+    text, edges = split
+    plain, compared = windows["plain"], 0
+    sessions = [windows[name].session(graph, 2, 70) for name in ("plain", f"window {SHORT}", "window 70")]
+    rows = text.rows(plain.cfg.vocab_size)
+    for start, end in pairwise((0, *edges, max(text.lengths))):
+        fed = [feed(session, [row[start:end] for row in rows], garbage=garbage) for session in sessions]
+        for row, *told in zip(rows, *fed, strict=True):
+            compared += sum(check_fed(plain, graph, row, min(end, len(row)), got_SV) for got_SV in told)
+            assert all(np.abs(got_SV - told[0]).max(initial=0.0) <= plain.limit(graph, told[0]) for got_SV in told)
+    assume(compared)
 
 
 # Rows

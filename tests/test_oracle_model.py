@@ -114,6 +114,24 @@ def test_every_op_output_and_the_logits_are_the_oracle_s(name, loud):
         assert output in ("k", "v", "score", "slot_position") or call.rsplit(".", 1)[1] in ("rope", "attention", "attention_rope"), missing
 
 
+@pytest.mark.parametrize("hidden", [-0.9, -7.0])
+@pytest.mark.parametrize("seen", [1.8, 9.0])
+def test_a_static_mask_of_inner_function_attention_is_the_oracle_s_below_0_and_above_1(hidden, seen):
+    """No key counts for more than a seen one, and none is hidden deeper than another: the first queries see hidden keys alone."""
+    cfg = next(cfg for cfg in ALL.values() if cfg.ifa_mask == "static_ste")
+    values_S = torch.tensor([hidden, 0.2, 0.0, 0.4, 1.0, seen, hidden, 0.7])
+
+    def change(name: str, tensor: Tensor) -> Tensor:
+        return values_S[torch.arange(tensor.shape[1]) % 8].to(tensor.dtype).repeat(len(tensor), 1) if name.endswith(".mask") else tensor
+
+    params = map_tensors(drawn_params(cfg), change)
+    tokens_BT = drawn_tokens(cfg)
+    logits_BTV, _ = oracle_forward(cfg, params, tokens_BT)
+    expected_TV, _ = oracle_run(cfg, params, tokens_BT)
+    # Scores beside -1e9 keep 7 digits in float64.
+    assert np.abs(logits_BTV[0].numpy() - expected_TV).max() <= 1e-5 * np.abs(expected_TV).max()
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_every_op_output_and_state_of_a_call_with_a_state_is_the_oracle_s(name):
     params, tokens_BT, expected_TV, notes = drawn(name)

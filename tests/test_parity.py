@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from wm_graph.errors import BundleError, CheckpointError, InputError, RuntimeUna
 from wm_graph.tolerances import MODEL_LIMITS, OP_LIMITS, model_limit, op_limit, render, score_budget
 from wm_runtimes import open_bundle
 from wm_runtimes.check import check_bundle
+from wm_runtimes.draws import make_draws
 from wm_runtimes.onnxruntime_cpu import OnnxRuntimeCpuSession
 from wm_runtimes.parity import ParityReport, ParityRow, measure_parity
 from wm_runtimes.torch_runtimes import EagerSession
@@ -81,6 +83,40 @@ def test_progress_rises_from_zero(folder: Path) -> None:
     assert seen[0] == 0.0
     assert seen == sorted(seen)
     assert seen[-1] <= 1.0
+
+
+# What is drawn.
+
+
+@pytest.mark.parametrize("vocab_size", [512, 2**17], ids=["rows of eight", "fewer rows for their logits"])
+@pytest.mark.parametrize(
+    ("longest", "steps", "farthest", "positions"),
+    [(79, 8, 0, None), (79, 8, 271, None), (79, 8, 271, 60), (9, 0, 0, None), (3, 0, 0, None), (2, 1, 5, None), (1, 0, 0, None)],
+)
+def test_no_padded_piece_reaches_beyond_the_longest_row(
+    vocab_size: int, longest: int, steps: int, farthest: int, positions: int | None
+) -> None:
+    cut = 0
+    for seed, draws in product(range(100), (2, 4, 17, 24)):
+        groups = make_draws(vocab_size, draws, seed, longest, steps, farthest, positions)
+        assert sum(len(group.valid_B) for group in groups) >= draws
+        for group in groups:
+            length = group.tokens_BT.shape[1]
+            assert length == group.valid_B.max() + group.steps <= (positions or length)
+            assert group.valid_B.min() >= 1
+            if group.first_B is not None:
+                assert (group.first_B + (group.valid_B - group.first_B).max()).max() <= length
+                assert group.first_B[0] == 0
+                assert len(group.valid_B) == 2 or group.first_B[1] == group.valid_B[1]
+                cut += 1
+    assert cut or longest == 1
+
+
+@pytest.mark.parametrize("positions", [1, 2, 5, 17, 60, 87, 10**6])
+def test_draws_use_the_positions_there_are_and_keep_both_prompts_and_steps(positions: int) -> None:
+    for group in make_draws(512, 16, 0, 79, 8, positions=positions):
+        assert group.tokens_BT.shape[1] == min(positions, 87)
+        assert group.steps == min(8, positions // 2)
 
 
 # What is planted wrong fails.

@@ -13,13 +13,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
-from hypothesis_profiles import COMPARED, examples
+from hypothesis_profiles import COMPARED, end_example, examples
 from model_pool import COMPILED, RUNNING, SIZES, Member, Pool, models_in
 from session_support import BAD, assert_same, check_fed, feed, state_of
 from strategies_models import SEEDS, Texts, orders, subsets, texts
 from wm_graph.errors import CapacityError, InputError
 from wm_runtimes import Session, Snapshot
 from wm_runtimes.snapshot import Array
+from wm_runtimes.state_buffers import StateBuffers
 
 STEPS = 30  # at most; hypothesis takes some ten on average
 N = 60  # runs of the machine in each runtime
@@ -147,7 +148,9 @@ class SessionMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """One run is one example, whatever its steps; those that failed or compared nothing are not counted."""
-        if sys.exc_info()[0] is None and getattr(self, "compared", 0):
+        failed = sys.exc_info()[0] is not None
+        end_example(failed)
+        if not failed and getattr(self, "compared", 0):
             COMPARED["session"] += 1
 
     def _mine(self, rows: tuple[int, ...]) -> list[int]:
@@ -163,3 +166,23 @@ def test_every_row_equals_a_fresh_run_of_its_own_tokens(pool: Pool, runtime: str
     before, runs = COMPARED["session"], N_COMPILED if runtime in COMPILED else N
     run_state_machine_as_test(machine, settings=settings(examples(runs), stateful_step_count=STEPS))
     assert COMPARED["session"] - before >= runs // 2  # runs that fed nothing compared nothing
+
+
+@pytest.mark.parametrize(("runtime", "leaf"), [("model.onnx", "ssd"), ("model.ort.onnx", "score")])
+def test_a_session_that_hands_state_on_fails_the_example_it_is_from(
+    pool: Pool, runtime: str, leaf: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = StateBuffers.reset
+
+    def forgetful(self: StateBuffers, rows: Array) -> None:
+        kept = {name: array for name, array in self.copy().items() if leaf in name}
+        right(self, rows)
+        self.fill(self.copy() | kept)
+
+    monkeypatch.setattr(StateBuffers, "reset", forgetful)
+    machine = type("SessionMachine", (SessionMachine,), {"pool": pool, "models": ["cheems"], "runtime": runtime, "folder": tmp_path})
+    with pytest.raises(AssertionError, match=rf"cheems in {runtime}: reset leaves what was in \S*{leaf}") as caught:
+        run_state_machine_as_test(machine, settings=settings(examples(5), stateful_step_count=2))
+    told = "\n".join(caught.value.__notes__)
+    assert "state = SessionMachine()" in told
+    assert "@reproduce_failure" in told

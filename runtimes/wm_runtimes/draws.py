@@ -91,12 +91,15 @@ class SessionRunner:
         return self.session.decode(tokens_B), {}
 
 
-def make_draws(vocab_size: int, draws: int, seed: int, longest_prompt: int, steps: int, farthest_prompt: int = 0) -> list[Draws]:
+def make_draws(
+    vocab_size: int, draws: int, seed: int, longest_prompt: int, steps: int, farthest_prompt: int = 0, positions: int | None = None
+) -> list[Draws]:
     """At least `draws` random rows, in groups of equal size; the first two have prompts of the longest length and of 1.
 
     The last row of a group of three or more has the longest prompt too: padding at the end of the flat tokens would hide a lost rest. Every
-    second group is fed in two pieces, of which two rows leave one empty. The last row of all has `farthest_prompt` tokens, if those are
-    more.
+    second group is fed in two pieces, of which two rows leave one empty; no padded piece reaches beyond the end of the group's longest row.
+    The last row of all has `farthest_prompt` tokens, if those are more. Rows are cut to the model's `positions`: the decode steps to half
+    of them, the prompts to the rest.
 
     Raises:
         InputError: a count is out of range.
@@ -104,6 +107,9 @@ def make_draws(vocab_size: int, draws: int, seed: int, longest_prompt: int, step
     for name, value, least in (("draws", draws, 1), ("longest_prompt", longest_prompt, 1), ("decode_steps", steps, 0)):
         if value < least:
             raise InputError(f"parity: {name} is {value}, expected at least {least}")
+    if positions is not None:
+        steps = min(steps, positions // 2)
+        longest_prompt, farthest_prompt = (min(length, positions - steps) for length in (longest_prompt, farthest_prompt))
     rows = min(8, draws, max(1, _LOGITS_AT_ONCE // ((longest_prompt + steps) * vocab_size)))
     generator = np.random.default_rng(seed)
     groups = -(-draws // rows)
@@ -112,19 +118,34 @@ def make_draws(vocab_size: int, draws: int, seed: int, longest_prompt: int, step
     if rows > 2:
         valid_GB[:, -1] = longest_prompt
     valid_GB[-1, -1] = max(valid_GB[-1, -1], farthest_prompt)
-    # Of every row the same share comes first, so that no padded piece reaches beyond the end of the longest.
     share_G = generator.uniform(0.25, 0.75, groups)
-    if rows > 2:
-        valid_GB[1::2, 1] = np.minimum(valid_GB[1::2, 1], np.maximum(1, share_G * valid_GB.max(1))[1::2])
-    first_GB = (valid_GB * share_G[:, None]).astype(np.int64)
-    first_GB[:, 0] = 0
-    first_GB[:, 1:2] = valid_GB[:, 1:2] if rows > 2 else first_GB[:, 1:2]
     made = []
-    for group, (valid_B, first_B) in enumerate(zip(valid_GB, first_GB, strict=True)):
+    for group, (valid_B, share) in enumerate(zip(valid_GB, share_G, strict=True)):
+        first_B = _cut(valid_B, float(share), steps) if group % 2 else None
         tokens_BT = generator.integers(0, vocab_size, (rows, int(valid_B.max()) + steps))
-        made.append(Draws(tokens_BT, valid_B, steps, first_B if group % 2 and first_B.any() else None))
+        made.append(Draws(tokens_BT, valid_B, steps, first_B))
         tokens_BT[~made[-1].mask_BT] = 0
     return made
+
+
+def _cut(valid_B: Array, share: float, steps: int) -> Array | None:
+    """How many tokens of each prompt come first, or None where all are to come at once; shortens the prompts of rows 0 and 1 in place.
+
+    A piece is padded to its longest row, and a session runs rows whose padding exceeds its capacity apart: two calls of every op, where
+    parity counts one. So of every row the same share comes first, row 1 ends there, and row 0, of which nothing comes first, is no longer
+    than what is left then.
+    """
+    if len(valid_B) > 2:
+        valid_B[1] = min(valid_B[1], max(1, int(share * valid_B.max())))
+    first_B: Array = (valid_B * share).astype(np.int64)
+    first_B[0] = 0
+    if len(valid_B) > 2:
+        first_B[1] = valid_B[1]
+    if not first_B.any():
+        return None
+    valid_B[0] = min(valid_B[0], max(1, valid_B[1:].max() + steps - first_B.max()))
+    fits = first_B.max() + (valid_B - first_B).max() <= valid_B.max() + steps  # prompts of a token or two may be too short to be cut
+    return first_B if fits else None
 
 
 def run_draws(runner: Runner, draws: Draws) -> Trace:

@@ -176,14 +176,15 @@ def measure_ops(
         seed: of the draws.
         progress: called with what is being done and the fraction done.
         longest_prompt: tokens of the longest prompt; odd, as in `measure_parity`.
-        decode_steps: single tokens after each prompt.
+        decode_steps: single tokens after each prompt; as prompts, fewer where the model has fewer positions.
 
     Raises:
         InputError: a count is out of range.
         BundleError: a graph names its values otherwise.
     """
     tell = progress or (lambda text, fraction: None)
-    groups = make_draws(bundle.limits.vocab_size, draws, seed, longest_prompt, decode_steps)
+    limits = bundle.limits
+    groups = make_draws(limits.vocab_size, draws, seed, longest_prompt, decode_steps, positions=limits.max_position)
     comparison = _Comparison(bundle, params, groups[0], list(runtimes))
     for index, group in enumerate(groups):
         for place, name in enumerate(comparison.sums):

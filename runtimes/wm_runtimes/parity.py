@@ -235,8 +235,8 @@ def measure_parity(
         seed: of the draws.
         progress: called with what is being done and the fraction done.
         longest_prompt: tokens of the longest prompt; an odd number, times 8 rows, leaves a rest to kernels that take 16 tokens at a time.
-        farthest_prompt: tokens of the last prompt, if those are more; fewer where the model has fewer positions.
-        decode_steps: single tokens after each prompt.
+        farthest_prompt: tokens of the last prompt, if those are more.
+        decode_steps: single tokens after each prompt; as prompts, fewer where the model has fewer positions.
         options: runtime, as in `runtimes` -> options of its session.
 
     Raises:
@@ -249,8 +249,8 @@ def measure_parity(
     for name in runtimes:
         if reason := availability(runtime_of(name)):
             raise RuntimeUnavailableError(f"{name}: {reason}")
-    farthest_prompt = min(farthest_prompt, bundle.limits.max_position - decode_steps)
-    groups = make_draws(bundle.limits.vocab_size, draws, seed, longest_prompt, decode_steps, farthest_prompt)
+    limits = bundle.limits
+    groups = make_draws(limits.vocab_size, draws, seed, longest_prompt, decode_steps, farthest_prompt, limits.max_position)
     params = params_from_flat(bundle.config, load_tensors(bundle.path))
     measurement = Measurement(bundle, params, groups, list(dict.fromkeys(runtimes)), options or {})
     return measurement.run(progress or (lambda text, fraction: None))
