@@ -24,6 +24,9 @@ def same_choices(got, expected, scores, dtype):
         assert gap <= 2e-6 * scores.abs().max().item(), f"{dtype}: a choice is worse by {gap:.3g}"
 
 
+MANY = ((1, 1030, 1024, 2, 8), (2, 530, 300, 2, 4)) if ON_CUDA else ()  # tokens that share experts' rows, of each configuration
+
+
 def all_scores(query, keys):
     """Of every expert, [B, T, R, J * J] in float64."""
     x, y = torch.einsum("btrhd,rjhd->hbtrj", query.double(), keys.double()).unbind(0)
@@ -33,7 +36,7 @@ def all_scores(query, keys):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("B", "T", "R", "d", "J", "k"),
-    [(2, 9, 2, 8, 12, 4), (1, 17, 1, 16, 16, 8), (1, 5, 2, 20, 40, 13), (1, 3, 1, 4, 3, 3), (1, 3, 1, 4, 5, 1)],
+    [(2, 9, 2, 8, 12, 4), (1, 17, 1, 16, 16, 8), (1, 5, 2, 20, 40, 13), (1, 3, 1, 4, 3, 3), (1, 3, 1, 4, 5, 1), (1, 530, 1, 8, 6, 2)],
 )
 @pytest.mark.parametrize("kind", ["random", "coarse", "equal"])
 def test_product_key_topk(dtype, B, T, R, d, J, k, kind):
@@ -52,6 +55,7 @@ def test_product_key_topk(dtype, B, T, R, d, J, k, kind):
     weight, expert = product_key_topk_triton(query, keys, k)
     expected_weight, expected = product_key_topk_reference(query.double(), keys.double(), k)
     check("product_key_topk", dtype, weight, expected_weight)
+    assert all(torch.equal(a, b) for a, b in zip((weight, expert), product_key_topk_triton(query, keys, k), strict=True))
     if kind == "random":
         same_choices(expert, expected, all_scores(query, keys), dtype)
     else:
@@ -73,20 +77,22 @@ def test_product_keys_whose_sums_round_to_one_number(k, swapped):
 
 
 @pytest.mark.skipif(not ON_CUDA, reason="more sub-keys than one tile holds are slow without a GPU")
-def test_product_keys_in_several_tiles():
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "J"), [(50, 2500), (600, 1024)])
+def test_product_keys_in_several_tiles(dtype, T, J):
     from wm_kernels.product_key_topk.triton_op import product_key_topk_triton
 
     g = seeded()
-    query, keys = random(g, 1, 50, 2, 2, 16) / 4, random(g, 2, 2500, 2, 16)
+    query, keys = (random(g, 1, T, 2, 2, 16) / 4).to(dtype), random(g, 2, J, 2, 16, dtype=dtype)
     for values in (keys, keys.round()):
         weight, expert = product_key_topk_triton(query, values, 12)
         expected_weight, expected = product_key_topk_reference(query.double(), values.double(), 12)
-        check("product_key_topk", torch.float32, weight, expected_weight)
+        check("product_key_topk", dtype, weight, expected_weight)
         assert (expert != expected).float().mean() < 1e-2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("M", "E", "k"), [(1, 8, 2), (13, 21, 5), (3, 64, 64)])
+@pytest.mark.parametrize(("M", "E", "k"), [(1, 8, 2), (13, 21, 5), (3, 64, 64), (530, 8, 2)])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_router_topk(dtype, M, E, k, normalize):
     from wm_kernels.router_topk.triton_op import router_topk_triton
@@ -101,10 +107,11 @@ def test_router_topk(dtype, M, E, k, normalize):
         expected_weight, expected = router_topk_reference(logits.double(), k, normalize)
         check("router_topk", dtype, weight, expected_weight)
         assert torch.equal(expert, expected)
+        assert all(torch.equal(a, b) for a, b in zip((weight, expert), router_topk_triton(logits, k, normalize), strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("B", "T", "D", "R", "k"), [(2, 5, 40, 2, 3), (1, 1, 24, 1, 1), (1, 3, 16, 3, 5)])
+@pytest.mark.parametrize(("B", "T", "D", "R", "k"), [(2, 5, 40, 2, 3), (1, 1, 24, 1, 1), (1, 3, 16, 3, 5), (1, 1030, 8, 1, 2), *MANY])
 @pytest.mark.parametrize(("activation", "inside"), [("silu", False), ("gelu", False), ("silu", True)])
 def test_expert_mix(dtype, B, T, D, R, k, activation, inside):
     from wm_kernels.expert_mix.triton_op import expert_mix_triton

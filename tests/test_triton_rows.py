@@ -43,7 +43,9 @@ def test_gated_rms_norm(dtype, M, C):
     g = seeded()
     y, z = (scattered(4 * random(g, M, C, dtype=dtype), seed) for seed in (1, 2))
     weight = random(g, C)  # a float32 weight beside half-precision tensors
-    check("gated_rms_norm", dtype, gated_rms_norm_triton(y, z, weight, 1e-5), gated_rms_norm_reference(*wide((y, z, weight)), 1e-5))
+    got = gated_rms_norm_triton(y, z, weight, 1e-5)
+    check("gated_rms_norm", dtype, got, gated_rms_norm_reference(*wide((y, z, weight)), 1e-5))
+    assert torch.equal(got, gated_rms_norm_triton(y, z, weight, 1e-5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -167,8 +169,11 @@ def test_rope_angles(scaling, pairs):
     length = torch.tensor([100_004, 17], device=DEVICE) if scaling == "dynamic" else None
     expected = rope_angles_reference(position, pairs, 10000.0, True, length, *numbers)
     for given in (position, position.repeat_interleave(2, 1)[:, ::2]):  # in strides too
-        for actual, truth in zip(rope_angles_triton(given, pairs, 10000.0, length, *numbers), expected, strict=True):
+        got = rope_angles_triton(given, pairs, 10000.0, length, *numbers)
+        for actual, truth in zip(got, expected, strict=True):
             check("rope_angles", torch.float32, actual, truth)
+        again = rope_angles_triton(given, pairs, 10000.0, length, *numbers)
+        assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -180,4 +185,5 @@ def test_rope(dtype, B, T, H, P, F):
     x, cos, sin = scattered(random(g, B, T, H, P, dtype=dtype), 5), scattered(random(g, B, T, F), 6), random(g, B, T, F)
     y = rope_triton(x, cos, sin)
     check("rope", dtype, y, rope_reference(*wide((x, cos, sin))))
+    assert torch.equal(y, rope_triton(x, cos, sin))
     assert torch.equal(y[..., 2 * F :], x[..., 2 * F :])
