@@ -1,6 +1,7 @@
 """Perplexity of a text in a session of any runtime, by length of context. numpy only.
 
-B rows, T tokens fed in one call, S selected tokens, V vocabulary. A window is [W] token ids, of which W - 1 are fed and the last is only predicted.
+B rows, T tokens fed in one call, S selected tokens, V vocabulary. A window is [W] token ids: W - 1 are fed, the last
+is only predicted.
 """
 
 import math
@@ -271,9 +272,7 @@ def _score_rows(session: Session, windows: Sequence[Array], firsts: Sequence[int
     return [Scores(*(np.concatenate([getattr(part, name) for part in row]) for name in ("nats_S", "greedy_S"))) for row in parts]
 
 
-def _score_piece(
-    session: Session, windows: Sequence[Array], firsts: Sequence[int], rows: Array, start: int, step: int
-) -> list[Scores]:
+def _score_piece(session: Session, windows: Sequence[Array], firsts: Sequence[int], rows: Array, start: int, step: int) -> list[Scores]:
     """Feed tokens start..start+step-1 of some windows; scores of the tokens that follow each of them."""
     chosen = [windows[row] for row in rows]
     valid_B = np.array([min(len(window) - 1 - start, step) for window in chosen])
