@@ -67,21 +67,21 @@ class HarnessModel(TemplateLM):  # type: ignore[misc] # lm_eval comes without ty
         self.max_gen_toks = max_gen_toks
         self.seed = seed
         self.tokenizer = Tokenizer.from_bundle(opened)
-        if (opened.tokens.bos, opened.tokens.eos) == (None, None):
+        special = [token for token in (opened.tokens.bos, opened.tokens.eos) if token is not None]
+        if not special:
             raise InputError(f"{opened.name} has neither bos nor eos, one of which stands before texts that begin with nothing")
+        self._bos, self._eos = special[0], special[-1]
         self.session = open_labelled(opened, runtime, int(batch_size), self.max_length)
 
     @property
     def eot_token_id(self) -> int:
         """The id that ends a text: eos, or bos where there is none."""
-        tokens = self.tokenizer.tokens
-        return int(tokens.bos if tokens.eos is None else tokens.eos)
+        return self._eos
 
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text that begins with nothing: bos, or eos where there is none."""
-        tokens = self.tokenizer.tokens
-        return self.eot_token_id if tokens.bos is None else int(tokens.bos)
+        return self._bos
 
     @property
     def tokenizer_name(self) -> str:
@@ -107,7 +107,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc] # lm_eval comes without ty
         ids = self.tokenizer.encode(string, add_bos=False)
         tokens = self.tokenizer.tokens
         wanted = tokens.add_bos if add_special_tokens is None else add_special_tokens and tokens.bos is not None
-        return [tokens.bos, *ids] if wanted and ids[:1] != [tokens.bos] else ids
+        return [self._bos, *ids] if wanted and ids[:1] != [self._bos] else ids
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """ln p of whole texts: windows of `max_length` tokens, of which each but the first is told the token before it."""
@@ -173,11 +173,16 @@ def _options(given: dict[str, Any], max_gen_toks: int) -> tuple[Any, ...]:
     options = dict(normalize_gen_kwargs(given, max_gen_toks))
     until = tuple(stop for stop in options.pop("until") if stop)
     sampled = options.pop("do_sample", False)
-    values = (until, options.pop("max_gen_toks"), options.pop("temperature", 0.0) if sampled else 0.0)
-    values += (options.pop("top_k", None) or 0, options.pop("top_p", None) or 1.0)
+    temperature = options.pop("temperature", 0.0)
+    values = (
+        options.pop("max_gen_toks"),
+        temperature if sampled else 0.0,
+        options.pop("top_k", None) or 0,
+        options.pop("top_p", None) or 1.0,
+    )
     if options:
         raise InputError(f"generation_kwargs: {next(iter(options))!r} is none of until, max_gen_toks, do_sample, temperature, top_k, top_p")
-    return values
+    return until, *values
 
 
 def _batched(items: Sequence[int], size: int) -> Iterator[list[int]]:
