@@ -329,6 +329,65 @@ def test_a_bundle_without_a_tokenizer_takes_ids_only(capfd, refused, bundle):
     assert len(result.out.split()) == 4
 
 
+# Evaluation.
+
+
+@pytest.fixture
+def words(tmp_path):
+    (tmp_path / "words.txt").write_text("a few words")
+    return tmp_path / "words.txt"
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (("--runtime", "abacus"), "abacus"),
+        (("--runtime", "onnxruntime-cpu:abacus"), "abacus"),
+        (("--context", "1"), "--context"),
+        (("--context", "16777217"), "expected 2..16777216"),
+        (("--batch", "0"), "--batch"),
+        (("--buckets", ""), "--buckets"),
+        (("--buckets", "128,many"), "'many'"),
+        (("--buckets", "-128"), "'-128'"),
+        (("--buckets", "0,128"), "rising"),
+        (("--buckets", "128,128"), "rising"),
+        (("--buckets", "512,128"), "rising"),
+    ],
+)
+def test_wrong_evaluation_options(refused, bundle, words, argv, says):
+    assert says in refused("eval", bundle, "--text", words, *argv)
+
+
+@pytest.mark.parametrize(("data", "says"), [(None, "cannot be read"), (b"", "0 tokens"), (b"\xff\xfe", "UTF-8")])
+def test_files_that_cannot_be_evaluated(refused, bundle, words, data, says):
+    words.unlink() if data is None else words.write_bytes(data)
+    line = refused("eval", bundle, "--text", words)
+    assert says in line
+
+
+def test_one_token_without_bos_predicts_nothing(refused, bundle, words):
+    change_manifest(bundle, lambda manifest: manifest["tokens"].update(add_bos=False))
+    words.write_text("a")
+    assert "1 token, expected at least 2" in refused("eval", bundle, "--text", words)
+
+
+def test_evaluation_needs_a_text_and_a_tokenizer(refused, bundle, words):
+    assert "--text" in refused("eval", bundle)
+    (bundle / "tokenizer.json").unlink()
+    change_manifest(bundle, lambda manifest: manifest["files"].pop("tokenizer.json"))
+    assert "tokenizer.json" in refused("eval", bundle, "--text", words)
+
+
+def test_evaluation_of_weights_with_nan(refused, bundle, words):
+    change_weights(bundle, lambda tensors: tensors["norm"].__setitem__(0, np.nan))
+    assert "not finite" in refused("eval", bundle, "--text", words)
+
+
+def test_evaluation_in_a_runtime_that_cannot_run_here(refused, bundle, words, monkeypatch):
+    monkeypatch.setattr("wm_runtimes.onnxruntime_cpu.availability", lambda runtime="": "its engine is out of coal")
+    assert refused("eval", bundle, "--text", words, code=3) == "onnxruntime-cpu: its engine is out of coal"
+
+
 # What is nobody's mistake.
 
 

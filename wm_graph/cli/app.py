@@ -10,7 +10,22 @@ from typer.main import get_command
 import wm_graph
 
 # In the order of a first session; command `x` is the function `command` of `x_command.py`.
-COMMANDS = ("demo", "doctor", "presets", "init", "import", "upcycle", "info", "export", "check", "generate", "parity", "bisect", "bench")
+COMMANDS = (
+    "demo",
+    "doctor",
+    "presets",
+    "init",
+    "import",
+    "upcycle",
+    "info",
+    "export",
+    "check",
+    "generate",
+    "eval",
+    "parity",
+    "bisect",
+    "bench",
+)
 
 
 class LazyGroup(TyperGroup):
