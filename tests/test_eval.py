@@ -206,8 +206,8 @@ def test_logits_of_any_size_are_scored_in_float64():
 
 
 def test_an_excluded_token_is_infinitely_surprising_and_still_json():
-    bucket = evaluate.Bucket(1, 1, 1, math.inf)
-    result = evaluate.Evaluation(1, 1, 2, 1, 1, math.inf, (bucket,))
+    bucket = evaluate.Bucket(1, math.inf, 1, 1)
+    result = evaluate.Evaluation(1, math.inf, 1, 1, 2, 1, (bucket,))
     assert result.perplexity == bucket.perplexity == math.inf
     assert evaluate.perplexity(1e6) == math.inf
     assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["perplexity"] is None

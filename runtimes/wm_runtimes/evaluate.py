@@ -37,53 +37,16 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """The tokens that were predicted from `first` to `last` tokens of context, bos counted.
+class Likelihood:
+    """How likely tokens are to a model.
 
     Attributes:
-        first: least tokens of context.
-        last: most tokens of context.
         tokens: how many tokens were scored.
-        nats: sum of their negative log likelihoods.
-    """
-
-    first: int
-    last: int
-    tokens: int
-    nats: float
-
-    @property
-    def nats_per_token(self) -> float:
-        """Mean negative log likelihood."""
-        return self.nats / self.tokens
-
-    @property
-    def perplexity(self) -> float:
-        """exp(nats per token); inf where that overflows."""
-        return perplexity(self.nats_per_token)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How well a model predicts a text.
-
-    Attributes:
-        text_bytes: bytes of the text in UTF-8.
-        text_tokens: tokens of the text, bos apart.
-        context: most tokens of text in a window.
-        windows: how many windows there are.
-        tokens: how many tokens were scored: those of the text, without bos less one per window.
         nats: sum of their negative log likelihoods, -ln p.
-        buckets: the scored tokens by length of context; they partition them, and none is empty.
     """
 
-    text_bytes: int
-    text_tokens: int
-    context: int
-    windows: int
     tokens: int
     nats: float
-    buckets: tuple[Bucket, ...]
 
     @property
     def nats_per_token(self) -> float:
@@ -94,6 +57,38 @@ class Evaluation:
     def perplexity(self) -> float:
         """exp(nats per token) (Jelinek et al. 1977); inf where that overflows."""
         return perplexity(self.nats_per_token)
+
+
+@dataclass(frozen=True)
+class Bucket(Likelihood):
+    """The tokens that were predicted from `first` to `last` tokens of context, bos counted.
+
+    Attributes:
+        first: least tokens of context.
+        last: most tokens of context.
+    """
+
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Evaluation(Likelihood):
+    """How well a model predicts a text: of its tokens all are scored, but without bos the first of each window.
+
+    Attributes:
+        text_bytes: bytes of the text in UTF-8.
+        text_tokens: tokens of the text, bos apart.
+        context: most tokens of text in a window.
+        windows: how many windows there are.
+        buckets: the scored tokens by length of context; they partition them, and none is empty.
+    """
+
+    text_bytes: int
+    text_tokens: int
+    context: int
+    windows: int
+    buckets: tuple[Bucket, ...]
 
     @property
     def bits_per_byte(self) -> float:
@@ -156,7 +151,7 @@ def evaluate_text(
     nats = [score.nats_S for score in scores]
     tokens = sum(map(len, nats))
     total = math.fsum(map(np.sum, nats))
-    return Evaluation(len(text.encode()), len(ids), context, len(windows), tokens, total, fill_buckets(nats, edges))
+    return Evaluation(tokens, total, len(text.encode()), len(ids), context, len(windows), fill_buckets(nats, edges))
 
 
 def check_context(bundle: Bundle, context: int | None) -> int:
@@ -216,7 +211,7 @@ def fill_buckets(nats: Sequence[Array], edges: Sequence[int]) -> tuple[Bucket, .
     ends = [*(edge for edge in edges if edge < longest), longest]
     starts = [0, *ends[:-1]]
     return tuple(
-        Bucket(start + 1, end, int(counts[start:end].sum()), float(sums[start:end].sum())) for start, end in zip(starts, ends, strict=True)
+        Bucket(int(counts[start:end].sum()), float(sums[start:end].sum()), start + 1, end) for start, end in zip(starts, ends, strict=True)
     )
 
 
